@@ -1,0 +1,1 @@
+"""A test bench for Intel TME and MKTME: see README.md."""
