@@ -1,0 +1,1 @@
+"""The encryption engine: no I/O but DRAM, knows nothing of QEMU or libvirt."""
