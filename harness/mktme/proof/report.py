@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a run says of itself, for people and, as JSON, for programs.
+
+The JSON of each command is one of the documents below, described by ``docs/schema/*.json`` (made
+by `json_schema`). `version` grows with each change that a reader could trip over.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+
+from mktme.datapath.shadow import Track
+from mktme.engine.keys import KeyMode
+from mktme.engine.xts import Algorithm
+from mktme.proof.confidentiality import CanarySearch
+from mktme.proof.isolation import IsolationMatrix
+from mktme.proof.transparency import MemoryComparison
+from mktme.service.wire import Memory, Traffic
+from mktme.vm.host import Host, dotted
+from mktme.vm.images import GuestImage
+
+SCHEMA_VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What a run ran on and with."""
+
+    host_kernel: str
+    cpu: str
+    cores: int
+    memory_bytes: int
+    qemu: str
+    libvirt: str
+    libvirt_uri: str
+    guest: str
+    guest_kernel_package: str
+    guest_kernel_version: str
+    guest_kernel_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One claim and what was found.
+
+    Attributes:
+        control: whether this is a control: a case made to fail, which the check must notice.
+        passed: whether the claim holds; of a control, whether the failure was noticed.
+    """
+
+    proof: Literal["transparency", "confidentiality", "isolation"]
+    subject: str
+    claim: str
+    control: bool
+    passed: bool
+    finding: str
+
+
+@dataclass(frozen=True, slots=True)
+class GuestReport:
+    """One guest of a run.
+
+    Attributes:
+        track: None for the plain guest, which has neither plugin nor engine.
+        boot_s: from its first instruction to its shell, seconds.
+        workload_s: its workload, seconds.
+        checksums: what its workload computed, by name.
+    """
+
+    name: str
+    role: Literal["guest", "control", "plain"]
+    memory_bytes: int
+    vcpus: int
+    track: Track | None
+    algorithm: Algorithm | None
+    key_mode: KeyMode | None
+    keyid: int | None
+    dram_base: int | None
+    boot_s: float
+    workload_s: float
+    checksums: dict[str, str]
+    traffic: Traffic | None = None
+    comparison: MemoryComparison | None = None
+    canary: CanarySearch | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """The document of `mktme run` and `mktme demo`.
+
+    Attributes:
+        started: UTC, ISO 8601.
+        dram: path of the DRAM image, None if it went with the run.
+        engine_memory: the engine's, at the end of the run.
+    """
+
+    schema: Literal["mktme.run"]
+    version: Literal[1]
+    command: Literal["run", "demo"]
+    started: str
+    duration_s: float
+    passed: bool
+    environment: Environment
+    guests: tuple[GuestReport, ...]
+    checks: tuple[Check, ...]
+    isolation: IsolationMatrix | None
+    engine_memory: Memory
+    dram: str | None
+    sidecar: str | None
+    notices: tuple[str, ...]
+
+
+def environment(host: Host, image: GuestImage) -> Environment:
+    """Describe this machine."""
+    cpu = "unknown"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    number = host.connection.getLibVersion()
+    kernel = image.manifest.kernel
+    return Environment(
+        host_kernel=platform.release(),
+        cpu=cpu,
+        cores=os.cpu_count() or 0,
+        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        qemu=dotted(host.qemu_version),
+        libvirt=dotted((number // 1_000_000, number // 1000 % 1000, number % 1000)),
+        libvirt_uri=host.uri,
+        guest=image.name,
+        guest_kernel_package=kernel.name,
+        guest_kernel_version=kernel.version,
+        guest_kernel_sha256=kernel.member_sha256,
+    )
+
+
+def write_json(path: Path, document: object) -> None:
+    """Write a document; the file has its final name only when it is whole."""
+    data = msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def json_schema(document: type) -> bytes:
+    """JSON Schema (2020-12) of a document's type."""
+    schema = msgspec.json.schema(document)
+    return msgspec.json.format(msgspec.json.encode(schema), indent=2) + b"\n"

@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Whole runs: guests booted, worked, held, and looked at from all sides.
+
+`run` is one configuration and its proofs. `demo` is the main job: two guests side by side under
+different keys, a plain one to compare with, and the controls that show that each check can fail.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, Protocol, TypeVar
+
+from mktme.datapath.shadow import Track
+from mktme.engine.keys import KeyMode
+from mktme.engine.xts import PAGE_BYTES
+from mktme.proof.confidentiality import Canary, CanarySearch, find_canary, search_dram
+from mktme.proof.isolation import isolation_matrix
+from mktme.proof.report import Check, GuestReport, RunReport, environment
+from mktme.proof.transparency import MemoryComparison, Progress, compare_memory, run_workload
+from mktme.vm.platform import Platform, Vm, VmConfig, region_bytes
+
+DEMO_GUESTS: Final = ("alice", "bob")
+_T = TypeVar("_T")
+
+
+class Narrator(Protocol):
+    """Tells the user what is going on; the CLI has one with progress bars."""
+
+    def step(self, what: str) -> AbstractContextManager[Progress]:
+        """A step that begins now; the progress may be called with (done, all) in it."""
+        ...
+
+    def notice(self, line: str) -> None:
+        """Something is not as it was asked for."""
+        ...
+
+
+@dataclass(slots=True)
+class Guest:
+    """A guest of a run, and what was found out about it so far."""
+
+    vm: Vm
+    role: Literal["guest", "control", "plain"]
+    boot_s: float
+    workload_s: float
+    checksums: dict[str, str]
+    comparison: MemoryComparison | None = None
+    search: CanarySearch | None = None
+
+    def report(self) -> GuestReport:
+        """For the run's document; the guest must still be there."""
+        config = self.vm.config
+        plain = config.track is None
+        return GuestReport(
+            name=self.vm.name,
+            role=self.role,
+            memory_bytes=config.memory_bytes,
+            vcpus=config.vcpus,
+            track=config.track,
+            algorithm=None if plain else config.algorithm,
+            key_mode=None if plain else config.mode,
+            keyid=None if plain else self.vm.keyid,
+            dram_base=None if plain else self.vm.base,
+            boot_s=self.boot_s,
+            workload_s=self.workload_s,
+            checksums=self.checksums,
+            traffic=None if plain else self.vm.status().traffic,
+            comparison=self.comparison,
+            canary=self.search,
+        )
+
+
+@dataclass(slots=True)
+class RunOptions:
+    """What `run` and `demo` have in common beside the guest's configuration."""
+
+    connect: str | None = None
+    dram: Path | None = None
+    reference: bool = True
+
+
+def run(
+    config: VmConfig, narrator: Narrator, *, guests: int = 1, options: RunOptions | None = None
+) -> RunReport:
+    """Boot `guests` guests of one configuration, each under a key of its own, and prove."""
+    names = [f"guest{index + 1}" for index in range(guests)]
+    session = _Session("run", narrator, options or RunOptions(), [config] * guests)
+    with session.open():
+        session.plain_checksums(config)
+        session.prove(names, config)
+        return session.report()
+
+
+def demo(config: VmConfig, narrator: Narrator, options: RunOptions | None = None) -> RunReport:
+    """The main job: two guests side by side, all proofs, and each proof's control."""
+    session = _Session("demo", narrator, options or RunOptions(), [config] * 4)
+    with session.open():
+        session.plain_checksums(config)
+        session.prove(DEMO_GUESTS, config)
+        session.controls(config)
+        return session.report()
+
+
+class _Session:
+    """One run in progress."""
+
+    def __init__(
+        self,
+        command: Literal["run", "demo"],
+        narrator: Narrator,
+        options: RunOptions,
+        configs: Sequence[VmConfig],
+    ) -> None:
+        self._command = command
+        self._narrator = narrator
+        self._options = options
+        self._image = configs[0].image
+        self._dram_bytes = sum(region_bytes(config.memory_bytes) for config in configs)
+        self._started = time.monotonic()
+        self._checks: list[Check] = []
+        self._guests: list[GuestReport] = []
+        self._notices: list[str] = []
+        self._isolation = None
+        self._plain: dict[str, str] | None = None
+        self._sidecar: Path | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """The platform, for as long as the run takes."""
+        started = datetime.datetime.now(datetime.UTC)
+        self._started_at = started.isoformat(timespec="seconds")
+        with ExitStack() as stack:
+            with self._narrator.step("starting the engine and libvirt"):
+                platform = Platform(
+                    self._dram_bytes,
+                    dram=self._options.dram,
+                    connect=self._options.connect,
+                    notice=self._note,
+                )
+                self._platform = stack.enter_context(platform)
+            yield
+
+    def plain_checksums(self, config: VmConfig) -> None:
+        """Run the same guest on plain QEMU, to compare what it computes."""
+        if not self._options.reference:
+            return
+        plain = dataclasses.replace(
+            config, track=None, mode=KeyMode.RANDOM, key_file=None, check_tlb=False
+        )
+        with ExitStack() as stack:
+            guest = self._boot(stack, plain, "plain", "plain")
+            self._plain = guest.checksums
+            self._guests.append(guest.report())
+
+    def prove(self, names: Sequence[str], config: VmConfig) -> None:
+        """Boot guests side by side and hold all of them while each proof is made."""
+        canary = Canary.random()
+        with ExitStack() as stack:
+            guests = self._side_by_side(
+                lambda name=name: self._boot(stack, config, name, "guest", canary) for name in names
+            )
+            with ExitStack() as holds:
+                self._hold(holds, guests)
+                for guest in guests:
+                    self._compare(guest)
+                    self._search(guest, canary)
+                if len(guests) > 1:
+                    matrix = isolation_matrix([guest.vm for guest in guests], canary)
+                    self._isolation = matrix
+                    off = sum(map(sum, matrix.readable)) - len(guests)
+                    self._check(
+                        "isolation",
+                        " and ".join(names),
+                        "a VM's memory is readable with its own KeyID only",
+                        matrix.passed,
+                        f"{len(guests)} x {len(guests)} reads, {max(off, 0)} beside the diagonal"
+                        " readable",
+                    )
+                if self._options.dram is not None:
+                    self._sidecar = self._platform.engine.write_sidecar()
+                self._guests += [guest.report() for guest in guests]
+
+    def controls(self, config: VmConfig) -> None:
+        """Three cases made to fail, one for each proof; the checks must notice."""
+        key_file = _throw_away_key(self._platform.run_dir / "control.key", config)
+        stores_only = dataclasses.replace(
+            config, track=Track.STORES, mode=KeyMode.DIRECT, key_file=key_file
+        )
+        unencrypted = dataclasses.replace(config, track=Track.PAGES, mode=KeyMode.NO_ENCRYPT)
+        canary = Canary.random()
+        with ExitStack() as stack:
+            stores, clear = self._side_by_side(
+                lambda name=name, case=case: self._boot(stack, case, name, "control", canary)
+                for name, case in (("stores-only", stores_only), ("no-encrypt", unencrypted))
+            )
+            with ExitStack() as holds:
+                self._hold(holds, [stores, clear])
+                self._compare(stores, control=True)
+                self._search(clear, canary, control=True)
+                readable = _readable_with_the_same_key(self._platform, stores.vm, canary)
+                self._check(
+                    "isolation",
+                    "stores-only",
+                    "another KeyID given the same key reads the memory",
+                    readable,
+                    "readable" if readable else "not readable",
+                    control=True,
+                )
+                self._guests += [stores.report(), clear.report()]
+
+    def report(self) -> RunReport:
+        """The run's document."""
+        dram = self._options.dram
+        return RunReport(
+            schema="mktme.run",
+            version=1,
+            command=self._command,
+            started=self._started_at,
+            duration_s=time.monotonic() - self._started,
+            passed=all(check.passed for check in self._checks),
+            environment=environment(self._platform.host, self._image),
+            guests=tuple(self._guests),
+            checks=tuple(self._checks),
+            isolation=self._isolation,
+            engine_memory=self._platform.engine.status().memory,
+            dram=None if dram is None else str(dram.absolute()),
+            sidecar=None if self._sidecar is None else str(self._sidecar),
+            notices=tuple(self._notices),
+        )
+
+    def _boot(
+        self,
+        stack: ExitStack,
+        config: VmConfig,
+        name: str,
+        role: Literal["guest", "control", "plain"],
+        canary: Canary | None = None,
+    ) -> Guest:
+        with self._narrator.step(f"{name}: booting"):
+            vm = stack.enter_context(self._platform.launch(config, name))
+            boot_s = time.monotonic() - vm.domain.started
+        with self._narrator.step(f"{name}: working"), vm.domain.explained():
+            before = time.monotonic()
+            checksums = run_workload(vm.domain.console)
+            workload_s = time.monotonic() - before
+            if canary is not None:
+                canary.plant(vm.domain.console)
+        return Guest(vm, role, boot_s, workload_s, checksums)
+
+    def _side_by_side(self, jobs: Iterator[Callable[[], _T]]) -> list[_T]:
+        """Run jobs at once; if one fails or the user interrupts, the others' guests go too."""
+        with ThreadPoolExecutor() as pool:
+            futures = [pool.submit(job) for job in jobs]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                self._platform.abort()
+                raise
+
+    def _hold(self, holds: ExitStack, guests: Sequence[Guest]) -> None:
+        for guest in guests:
+            with self._narrator.step(f"{guest.vm.name}: flushing"):
+                self._platform.check(guest.vm)
+                holds.enter_context(guest.vm.held())
+
+    def _compare(self, guest: Guest, *, control: bool = False) -> None:
+        vm = guest.vm
+        with self._narrator.step(f"{vm.name}: comparing DRAM with RAM") as progress:
+            found = guest.comparison = compare_memory(vm, vm.require_engine(), progress)
+        finding = f"{found.lines_mismatched:,} of {found.lines_compared:,} lines differ"
+        if found.lines_mismatched:
+            finding += (
+                f" ({found.line_marked:,} line marked, {found.page_marked:,} page marked,"
+                f" {found.unmarked:,} neither)"
+            )
+        claim = "DRAM, decrypted, is the guest's RAM"
+        if control:
+            claim = "tracking stores alone leaves lines behind"
+        self._check(
+            "transparency",
+            vm.name,
+            claim,
+            not found.passed if control else found.passed,
+            finding,
+            control=control,
+        )
+        if not control and self._plain is not None:
+            same = [
+                name for name, value in self._plain.items() if guest.checksums.get(name) == value
+            ]
+            self._check(
+                "transparency",
+                vm.name,
+                "its workload computes what it does on plain QEMU",
+                guest.checksums == self._plain,
+                f"{len(same)} of {len(self._plain)} checksums equal",
+            )
+
+    def _search(self, guest: Guest, canary: Canary, *, control: bool = False) -> None:
+        vm = guest.vm
+        with self._narrator.step(f"{vm.name}: searching DRAM for its canary"):
+            found = guest.search = search_dram(vm, canary, self._platform.dram_path)
+        claim = "what it holds in memory is nowhere in DRAM"
+        if control:
+            claim = "without encryption the canary is in DRAM"
+        self._check(
+            "confidentiality",
+            vm.name,
+            claim,
+            found.dram_hits > 0 if control else found.passed,
+            f"{found.dram_hits:,} blocks of the canary in"
+            f" {found.dram_bytes_searched / (1 << 20):,.0f} MiB",
+            control=control,
+        )
+
+    def _check(
+        self,
+        proof: Literal["transparency", "confidentiality", "isolation"],
+        subject: str,
+        claim: str,
+        passed: bool,
+        finding: str,
+        *,
+        control: bool = False,
+    ) -> None:
+        self._checks.append(Check(proof, subject, claim, control, passed, finding))
+
+    def _note(self, line: str) -> None:
+        self._notices.append(line)
+        self._narrator.notice(line)
+
+
+def _throw_away_key(path: Path, config: VmConfig) -> Path:
+    """A key file for a control; it goes with the run's directory."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(secrets.token_bytes(config.algorithm.key_bytes))
+    return path
+
+
+def _readable_with_the_same_key(platform: Platform, vm: Vm, canary: Canary) -> bool:
+    """Whether a second KeyID, programmed with the VM's own known key, reads its canary page."""
+    ram_offset = find_canary(vm, canary)
+    engine = platform.engine
+    twin = uuid.uuid4()
+    added = engine.add_vm(
+        twin,
+        name="twin",
+        memory_bytes=PAGE_BYTES,
+        track=Track.STORES_AND_PAGES,
+        algorithm=vm.config.algorithm,
+        mode=KeyMode.DIRECT,
+        key_file=vm.config.key_file,
+    )
+    try:
+        page = engine.read(vm.uuid, ram_offset, PAGE_BYTES, keyid=added.keyid)
+        return page == canary.page
+    finally:
+        engine.remove_vm(twin)
