@@ -90,6 +90,11 @@ class GuestReport:
     comparison: MemoryComparison | None = None
     canary: CanarySearch | None = None
 
+    @property
+    def counts_stores(self) -> bool:
+        """Whether its traffic tells a vCPU's stores from other writes."""
+        return self.track is not None and self.track.stores
+
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
@@ -124,7 +129,6 @@ def environment(host: Host, image: GuestImage) -> Environment:
         if line.startswith("model name"):
             cpu = line.partition(":")[2].strip()
             break
-    number = host.connection.getLibVersion()
     kernel = image.manifest.kernel
     return Environment(
         host_kernel=platform.release(),
@@ -132,7 +136,7 @@ def environment(host: Host, image: GuestImage) -> Environment:
         cores=os.cpu_count() or 0,
         memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         qemu=dotted(host.qemu_version),
-        libvirt=dotted((number // 1_000_000, number // 1000 % 1000, number % 1000)),
+        libvirt=dotted(host.libvirt_version),
         libvirt_uri=host.uri,
         guest=image.name,
         guest_kernel_package=kernel.name,

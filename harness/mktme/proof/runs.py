@@ -13,10 +13,11 @@ import os
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal, Protocol, TypeVar
 
@@ -24,7 +25,7 @@ from mktme.datapath.shadow import Track
 from mktme.engine.keys import KeyMode
 from mktme.engine.xts import PAGE_BYTES
 from mktme.proof.confidentiality import Canary, CanarySearch, find_canary, search_dram
-from mktme.proof.isolation import isolation_matrix
+from mktme.proof.isolation import IsolationMatrix, isolation_matrix
 from mktme.proof.report import Check, GuestReport, RunReport, environment
 from mktme.proof.transparency import MemoryComparison, Progress, compare_memory, run_workload
 from mktme.vm.platform import Platform, Vm, VmConfig, region_bytes
@@ -96,8 +97,8 @@ def run(
     names = [f"guest{index + 1}" for index in range(guests)]
     session = _Session("run", narrator, options or RunOptions(), [config] * guests)
     with session.open():
-        session.plain_checksums(config)
         session.prove(names, config)
+        session.compare_with_plain(config)
         return session.report()
 
 
@@ -105,8 +106,8 @@ def demo(config: VmConfig, narrator: Narrator, options: RunOptions | None = None
     """The main job: two guests side by side, all proofs, and each proof's control."""
     session = _Session("demo", narrator, options or RunOptions(), [config] * 4)
     with session.open():
-        session.plain_checksums(config)
         session.prove(DEMO_GUESTS, config)
+        session.compare_with_plain(config)
         session.controls(config)
         return session.report()
 
@@ -130,8 +131,7 @@ class _Session:
         self._checks: list[Check] = []
         self._guests: list[GuestReport] = []
         self._notices: list[str] = []
-        self._isolation = None
-        self._plain: dict[str, str] | None = None
+        self._isolation: IsolationMatrix | None = None
         self._sidecar: Path | None = None
 
     @contextmanager
@@ -150,24 +150,33 @@ class _Session:
                 self._platform = stack.enter_context(platform)
             yield
 
-    def plain_checksums(self, config: VmConfig) -> None:
-        """Run the same guest on plain QEMU, to compare what it computes."""
+    def compare_with_plain(self, config: VmConfig) -> None:
+        """Run the same guest on plain QEMU, and compare what the guests so far computed."""
         if not self._options.reference:
             return
         plain = dataclasses.replace(
             config, track=None, mode=KeyMode.RANDOM, key_file=None, check_tlb=False
         )
         with ExitStack() as stack:
-            guest = self._boot(stack, plain, "plain", "plain")
-            self._plain = guest.checksums
-            self._guests.append(guest.report())
+            reference = self._boot(stack, plain, "plain", "plain").report()
+        for guest in self._guests:
+            expected = reference.checksums.items()
+            same = sum(guest.checksums.get(name) == value for name, value in expected)
+            self._check(
+                "transparency",
+                guest.name,
+                "its workload computes what it does on plain QEMU",
+                guest.checksums == reference.checksums,
+                f"{same} of {len(expected)} checksums equal",
+            )
+        self._guests.append(reference)
 
     def prove(self, names: Sequence[str], config: VmConfig) -> None:
         """Boot guests side by side and hold all of them while each proof is made."""
         canary = Canary.random()
         with ExitStack() as stack:
             guests = self._side_by_side(
-                lambda name=name: self._boot(stack, config, name, "guest", canary) for name in names
+                partial(self._boot, stack, config, name, "guest", canary) for name in names
             )
             with ExitStack() as holds:
                 self._hold(holds, guests)
@@ -200,7 +209,7 @@ class _Session:
         canary = Canary.random()
         with ExitStack() as stack:
             stores, clear = self._side_by_side(
-                lambda name=name, case=case: self._boot(stack, case, name, "control", canary)
+                partial(self._boot, stack, case, name, "control", canary)
                 for name, case in (("stores-only", stores_only), ("no-encrypt", unencrypted))
             )
             with ExitStack() as holds:
@@ -257,7 +266,7 @@ class _Session:
                 canary.plant(vm.domain.console)
         return Guest(vm, role, boot_s, workload_s, checksums)
 
-    def _side_by_side(self, jobs: Iterator[Callable[[], _T]]) -> list[_T]:
+    def _side_by_side(self, jobs: Iterable[Callable[[], _T]]) -> list[_T]:
         """Run jobs at once; if one fails or the user interrupts, the others' guests go too."""
         with ThreadPoolExecutor() as pool:
             futures = [pool.submit(job) for job in jobs]
@@ -294,17 +303,6 @@ class _Session:
             finding,
             control=control,
         )
-        if not control and self._plain is not None:
-            same = [
-                name for name, value in self._plain.items() if guest.checksums.get(name) == value
-            ]
-            self._check(
-                "transparency",
-                vm.name,
-                "its workload computes what it does on plain QEMU",
-                guest.checksums == self._plain,
-                f"{len(same)} of {len(self._plain)} checksums equal",
-            )
 
     def _search(self, guest: Guest, canary: Canary, *, control: bool = False) -> None:
         vm = guest.vm

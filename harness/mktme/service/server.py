@@ -276,6 +276,7 @@ class EngineServer:
             vms=tuple(_vm_status(vm) for vm in self._vms.values()),
             dram_bytes=self._dram.size_bytes,
             memory=own_memory(),
+            cpu_s=time.process_time(),
         )
 
     def _read(self, request: wire.ReadVm) -> wire.Data:

@@ -207,12 +207,17 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class Status(Message, frozen=True):
-    """Answer to `GetStatus`."""
+    """Answer to `GetStatus`.
+
+    Attributes:
+        cpu_s: processor time that the engine has used, user and system, seconds.
+    """
 
     keys: tuple[KeyStatus, ...]
     vms: tuple[VmStatus, ...]
     dram_bytes: int
     memory: Memory
+    cpu_s: float
 
 
 class Data(Message, frozen=True):

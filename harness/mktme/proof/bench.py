@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What it costs: each configuration against plain QEMU in the same run.
+
+Machines are noisy and differ, so every figure that counts is a ratio of medians over rounds, in
+each of which all configurations take their turn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import statistics
+import subprocess
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+
+from mktme.datapath.shadow import Track
+from mktme.engine.keys import KeyTable
+from mktme.engine.xts import LINE_BYTES, Algorithm
+from mktme.proof.report import Environment, environment
+from mktme.proof.runs import Narrator
+from mktme.proof.transparency import run_workload
+from mktme.service.wire import Memory, Traffic
+from mktme.vm.host import EnvironmentUnfitError
+from mktme.vm.platform import Platform, VmConfig, region_bytes
+
+CONFIGURATIONS: Final[dict[str, Track | None]] = {
+    "plain": None,
+    "pages": Track.PAGES,
+    "stores": Track.STORES,
+    "stores+pages": Track.STORES_AND_PAGES,
+}
+RATIO_TARGETS: Final = {"pages": 1.10, "stores+pages": 1.35}
+XTS_TARGET: Final = 0.2
+ENGINE_MEMORY_BASE_BYTES: Final = 96 << 20
+ENGINE_MEMORY_SHARE: Final = 32
+XTS_BATCH_BYTES: Final = 512 << 10
+_XTS_ROUNDS: Final = 200
+_OPENSSL_BLOCK_BYTES: Final = 4096
+# "AES-128-XTS   11713000.45k": thousands of bytes a second
+_OPENSSL_RATE: Final = re.compile(r"^AES-128-XTS\s+([\d.]+)k\s*$", re.M | re.I)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A figure to reach.
+
+    Attributes:
+        limit: the most (or for `at_least` the least) that it may be.
+    """
+
+    name: str
+    value: float
+    limit: float
+    at_least: bool
+    met: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigurationReport:
+    """One configuration's rounds.
+
+    Attributes:
+        boot_s, workload_s: seconds, one a round.
+        guest_s: median of boot and workload together.
+        ratio: `guest_s` over that of plain.
+        engine_cpu_share: the engine's processor time over the guest's time, median.
+        engine_memory: at the end of the last round.
+    """
+
+    name: str
+    boot_s: tuple[float, ...]
+    workload_s: tuple[float, ...]
+    guest_s: float
+    ratio: float
+    engine_cpu_share: float | None
+    engine_memory: Memory | None
+    traffic: Traffic | None
+
+
+@dataclass(frozen=True, slots=True)
+class XtsReport:
+    """The engine's XTS beside OpenSSL's own.
+
+    Attributes:
+        batch_bytes: bytes a batch, in 64-byte data units.
+        engine_bytes_per_s: encrypting batch after batch, median.
+        openssl_bytes_per_s: ``openssl speed -evp aes-128-xts`` with 4096-byte data units.
+    """
+
+    batch_bytes: int
+    engine_bytes_per_s: float
+    openssl_bytes_per_s: float
+    ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """The document of `mktme bench`."""
+
+    schema: Literal["mktme.bench"]
+    version: Literal[1]
+    environment: Environment
+    rounds: int
+    memory_bytes: int
+    configurations: tuple[ConfigurationReport, ...]
+    xts: XtsReport
+    targets: tuple[Target, ...]
+
+
+@dataclass(slots=True)
+class _Rounds:
+    boot_s: list[float] = dataclasses.field(default_factory=list)
+    workload_s: list[float] = dataclasses.field(default_factory=list)
+    cpu_share: list[float] = dataclasses.field(default_factory=list)
+    memory: Memory | None = None
+    traffic: Traffic | None = None
+
+    def guest_s(self) -> float:
+        return statistics.median(map(sum, zip(self.boot_s, self.workload_s, strict=True)))
+
+
+def bench(config: VmConfig, rounds: int, narrator: Narrator) -> BenchReport:
+    """Measure every configuration `rounds` times, and the cipher beside OpenSSL."""
+    measured = {name: _Rounds() for name in CONFIGURATIONS}
+    names = list(CONFIGURATIONS)
+    with narrator.step("XTS beside openssl speed"):
+        xts = measure_xts()
+    for number in range(rounds):
+        for name in names:
+            with narrator.step(f"round {number + 1} of {rounds}: {name}"):
+                described = _measure(config, CONFIGURATIONS[name], measured[name], narrator)
+        names.append(names.pop(0))  # no configuration is always the first, or after the same one
+    plain = measured["plain"].guest_s()
+    reports = tuple(
+        ConfigurationReport(
+            name=name,
+            boot_s=tuple(one.boot_s),
+            workload_s=tuple(one.workload_s),
+            guest_s=one.guest_s(),
+            ratio=one.guest_s() / plain,
+            engine_cpu_share=statistics.median(one.cpu_share) if one.cpu_share else None,
+            engine_memory=one.memory,
+            traffic=one.traffic,
+        )
+        for name, one in measured.items()
+    )
+    return BenchReport(
+        schema="mktme.bench",
+        version=1,
+        environment=described,
+        rounds=rounds,
+        memory_bytes=config.memory_bytes,
+        configurations=reports,
+        xts=xts,
+        targets=_targets(reports, xts, config.memory_bytes),
+    )
+
+
+def _measure(
+    config: VmConfig, track: Track | None, rounds: _Rounds, narrator: Narrator
+) -> Environment:
+    """One round of one configuration, on a platform of its own."""
+    platform = Platform(region_bytes(config.memory_bytes), notice=narrator.notice)
+    with ExitStack() as stack:
+        stack.enter_context(platform)
+        vm = stack.enter_context(platform.launch(dataclasses.replace(config, track=track)))
+        booted = time.monotonic()
+        run_workload(vm.domain.console)
+        ended = time.monotonic()
+        rounds.boot_s.append(booted - vm.domain.started)
+        rounds.workload_s.append(ended - booted)
+        if track is not None:
+            status = platform.engine.status()
+            rounds.memory = status.memory
+            rounds.traffic = vm.status().traffic
+            rounds.cpu_share.append(status.cpu_s / (ended - vm.domain.started))
+        return environment(platform.host, config.image)
+
+
+def measure_xts() -> XtsReport:
+    """Encrypt 512 KiB batches of lines, and ask OpenSSL for its own speed."""
+    keys = KeyTable(keyid_bits=1, tme_algorithm=Algorithm.AES_XTS_128)
+    cipher = keys.cipher(0)
+    if cipher is None:
+        raise AssertionError("KeyID 0 always has a cipher")
+    count = XTS_BATCH_BYTES // LINE_BYTES
+    lines = np.random.default_rng(1).integers(0, 1 << 63, size=(count, 8), dtype=np.uint64)
+    addresses = np.arange(count, dtype=np.uint64) * np.uint64(LINE_BYTES)
+    out = np.empty_like(lines)
+    times = []
+    for _ in range(_XTS_ROUNDS):
+        started = time.perf_counter()
+        cipher.encrypt_lines(lines, addresses, out=out)
+        times.append(time.perf_counter() - started)
+    engine = XTS_BATCH_BYTES / statistics.median(times)
+    openssl = _openssl_speed()
+    return XtsReport(XTS_BATCH_BYTES, engine, openssl, engine / openssl)
+
+
+def _openssl_speed() -> float:
+    """What ``openssl speed`` says of AES-128-XTS, bytes a second."""
+    if shutil.which("openssl") is None:
+        raise EnvironmentUnfitError("the openssl command is not installed", hint="make setup")
+    command = ["openssl", "speed", "-elapsed", "-seconds", "1"]
+    command += ["-bytes", str(_OPENSSL_BLOCK_BYTES), "-evp", "aes-128-xts"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    rate = _OPENSSL_RATE.search(answer.stdout)
+    if rate is None:
+        raise EnvironmentUnfitError(f"'{' '.join(command)}' did not give a rate")
+    return float(rate[1]) * 1000
+
+
+def _targets(
+    reports: tuple[ConfigurationReport, ...], xts: XtsReport, memory_bytes: int
+) -> tuple[Target, ...]:
+    targets = [
+        _at_most(f"{report.name}: guest time over plain", report.ratio, RATIO_TARGETS[report.name])
+        for report in reports
+        if report.name in RATIO_TARGETS
+    ]
+    targets.append(
+        Target("XTS over openssl speed", xts.ratio, XTS_TARGET, True, xts.ratio >= XTS_TARGET)
+    )
+    for report in reports:
+        if report.engine_memory is not None:
+            limit = ENGINE_MEMORY_BASE_BYTES + memory_bytes // ENGINE_MEMORY_SHARE
+            name = f"{report.name}: engine's peak memory in MiB"
+            targets.append(_at_most(name, report.engine_memory.peak / 2**20, limit / 2**20))
+    return tuple(targets)
+
+
+def _at_most(name: str, value: float, limit: float) -> Target:
+    return Target(name, value, limit, False, value <= limit)

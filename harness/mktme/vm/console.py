@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A guest's serial console, driven with pexpect.
+
+A command counts as done only when the guest says so with a token of that one call; silence is a
+lost guest, never a success.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, cast
+
+import pexpect
+from pexpect.socket_pexpect import SocketSpawn
+
+from mktme.engine.errors import MktmeError
+
+READY: Final = "@mktme ready"
+_LOG_LINES: Final = 5
+
+
+class VmError(MktmeError):
+    """A guest did not do as expected."""
+
+
+class VmLostError(VmError):
+    """A guest's console ended or fell silent: QEMU is gone, or the guest hangs."""
+
+
+class GuestCommandError(VmError):
+    """A command in the guest failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommandResult:
+    """What a command in the guest printed, line ends normalised, and its exit status."""
+
+    output: str
+    status: int
+
+
+class Console:
+    """The guest's serial console behind the UNIX socket `path`.
+
+    Args:
+        path: where QEMU listens.
+        transcript: file that all output is written to.
+    """
+
+    def __init__(self, path: Path, transcript: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._transcript = transcript.open("wb")
+        try:
+            self._socket.connect(str(path))
+            self._spawn = SocketSpawn(self._socket, timeout=None, use_poll=True)
+        except BaseException:
+            self.close()
+            raise
+        self._spawn.logfile_read = self._transcript
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until the guest has booted to its shell.
+
+        Raises:
+            VmLostError: it did not in time, or its console ended.
+        """
+        self._expect(f"{READY}\r?\n", timeout_s, "booting")
+
+    def run(self, command: str, timeout_s: float, *, check: bool = True) -> CommandResult:
+        """Run one line of shell in the guest.
+
+        Raises:
+            VmLostError: the guest did not finish it in time, or its console ended.
+            GuestCommandError: it exited with another status than 0, and `check` is set.
+        """
+        token = secrets.token_hex(8)
+        # Split in the command, whole in the answer: an echoing terminal cannot fool us.
+        self._send(f"{command}; echo @mktme-''{token} $?")
+        pattern = rf"@mktme-{token} (\d+)\r?\n"
+        match = self._expect(pattern, timeout_s, f"running '{command.split()[0]}'")
+        output = match.string[: match.start()].decode(errors="replace").replace("\r\n", "\n")
+        status = int(match[1])
+        if check and status != 0:
+            last = output.strip().splitlines()[-1:] or ["no output"]
+            raise GuestCommandError(f"'{command}' exited with {status} in the guest: {last[0]}")
+        return CommandResult(output, status)
+
+    def send(self, command: str) -> None:
+        """Send a line that is not expected to return (poweroff)."""
+        self._send(command)
+
+    def wait_end(self, timeout_s: float) -> None:
+        """Wait until QEMU closes the console."""
+        if self._spawn.expect([pexpect.EOF, pexpect.TIMEOUT], timeout=timeout_s) == 1:
+            raise VmLostError(f"the guest is still there after {timeout_s:g} s")
+
+    def close(self) -> None:
+        """Let go of the console."""
+        self._socket.close()
+        self._transcript.close()
+
+    def _send(self, line: str) -> None:
+        try:
+            self._spawn.sendline(line)
+        except OSError as error:
+            raise VmLostError("the guest's console ended") from error
+
+    def _expect(self, pattern: str, timeout_s: float, doing: str) -> re.Match[bytes]:
+        found = self._spawn.expect([pattern, pexpect.EOF, pexpect.TIMEOUT], timeout=timeout_s)
+        if isinstance(self._spawn.match, re.Match):
+            return cast("re.Match[bytes]", self._spawn.match)
+        what = "its console ended" if found == 1 else f"no answer in {timeout_s:g} s"
+        tail = self._spawn.before if isinstance(self._spawn.before, bytes) else b""
+        lines = tail.decode(errors="replace").split("\n")[-_LOG_LINES:]
+        said = " / ".join(line.strip() for line in lines if line.strip())
+        raise VmLostError(f"the guest was lost while {doing}: {what}; it last said: {said or '-'}")

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Whether this machine can do what the harness needs, and the command that mends what cannot."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from mktme.datapath.uffd import open_write_tracking, require_write_tracking
+from mktme.engine.errors import MktmeError
+from mktme.vm import images
+from mktme.vm.host import EMULATOR, EnvironmentUnfitError, Host, dotted, plugin_path
+from mktme.vm.platform import available_memory_bytes, require_disk
+
+MEMORY_NEEDED_BYTES: Final = 3 << 30
+DISK_NEEDED_BYTES: Final = 3 << 30
+_PROBE_TIMEOUT_S: Final = 20
+_SETUP: Final = "make setup"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at.
+
+    Attributes:
+        found: what is there, or what is wrong.
+        remedy: the command that mends it, None if all is well or there is none.
+    """
+
+    name: str
+    fit: bool
+    found: str
+    remedy: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DoctorReport:
+    """The document of `mktme doctor`."""
+
+    schema: Literal["mktme.doctor"]
+    version: Literal[1]
+    findings: tuple[Finding, ...]
+
+
+def examine() -> list[Finding]:
+    """Look at everything; never raises for what it finds."""
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("libvirt and QEMU", _libvirt),
+        ("QEMU plugin", _plugin),
+        ("userfaultfd", _userfaultfd),
+        ("PAGEMAP_SCAN", _pagemap_scan),
+        ("guest image", _image),
+        ("memory", _memory),
+        ("disk", _disk),
+        ("openssl (bench)", _openssl),
+    ]
+    findings = []
+    for name, check in checks:
+        try:
+            findings.append(Finding(name, True, check()))
+        except MktmeError as error:
+            findings.append(Finding(name, False, str(error), error.hint))
+    return findings
+
+
+def _libvirt() -> str:
+    if not EMULATOR.exists():
+        raise EnvironmentUnfitError(f"{EMULATOR} is not installed", hint=_SETUP)
+    try:
+        with Host() as host:
+            return (
+                f"libvirt {dotted(host.libvirt_version)}, QEMU {dotted(host.qemu_version)},"
+                f" plugin API {host.plugin_api}"
+            )
+    except EnvironmentUnfitError as error:
+        raise EnvironmentUnfitError(str(error), hint=_SETUP) from error
+
+
+def _plugin() -> str:
+    """Have the installed QEMU load each plugin that was built: one must fit its plugin API."""
+    refusals = []
+    for api in (4, 7):
+        try:
+            path = plugin_path(api)
+        except EnvironmentUnfitError as error:
+            refusals.append(str(error))
+            continue
+        command = [str(EMULATOR), "-machine", "none", "-display", "none", "-plugin", str(path)]
+        try:
+            probe = subprocess.run(
+                command, capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            refusals.append(f"{EMULATOR}: {error}")
+            continue
+        # Loaded without arguments it says what is missing; a QEMU that does not take it says so.
+        if "mktme: " in probe.stderr:
+            return f"{path.name} is accepted"
+        refusals.append(probe.stderr.strip().splitlines()[-1] if probe.stderr else "no answer")
+    raise EnvironmentUnfitError("; ".join(refusals), hint=_SETUP)
+
+
+def _userfaultfd() -> str:
+    os.close(open_write_tracking())
+    return "asynchronous write tracking of shared memory"
+
+
+def _pagemap_scan() -> str:
+    require_write_tracking()
+    return f"kernel {os.uname().release} finds written pages"
+
+
+def _image() -> str:
+    manifest = images.verify(images.ensure("tiny"))
+    return f"tiny: {manifest.kernel.name} {manifest.kernel.version}, as Debian ships it"
+
+
+def _memory() -> str:
+    available = available_memory_bytes()
+    if available < MEMORY_NEEDED_BYTES:
+        raise EnvironmentUnfitError(
+            f"{available >> 20} MiB available, the demo needs {MEMORY_NEEDED_BYTES >> 20} MiB",
+            hint="end other programs, or mktme demo --memory 256M",
+        )
+    return f"{available >> 20} MiB available"
+
+
+def _disk() -> str:
+    directory = Path(tempfile.gettempdir())
+    free = require_disk(directory, DISK_NEEDED_BYTES)
+    return f"{free >> 20} MiB free in {directory}"
+
+
+def _openssl() -> str:
+    path = shutil.which("openssl")
+    if path is None:
+        raise EnvironmentUnfitError("the openssl command is not installed", hint=_SETUP)
+    return path

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A guest as a libvirt domain: its XML and its life."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+from uuid import UUID
+
+import libvirt
+import libvirt_qemu
+
+from mktme.engine.dram import GuestSegment
+from mktme.vm.console import Console, VmError, VmLostError
+from mktme.vm.host import Host
+from mktme.vm.images import GuestImage
+
+_QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
+_FOUR_GIB: Final = 4 << 30
+_Q35_HOLE_FROM: Final = 0xB000_0000
+_Q35_LOW_BESIDE_HOLE: Final = 0x8000_0000
+# "info mtree -f" prints the flat view of an address space, one range a line.
+_MTREE_RAM: Final = re.compile(
+    r"^\s*([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, ram\): (\S+)(?: @([0-9a-f]{16}))?", re.M
+)
+
+ET.register_namespace("qemu", _QEMU_NAMESPACE)
+
+
+@dataclass(frozen=True, slots=True)
+class DomainSpec:
+    """What libvirt is to start.
+
+    Attributes:
+        plugin: the `-plugin` argument, None to run without.
+        console_socket: where QEMU is to listen for the serial console.
+    """
+
+    name: str
+    uuid: UUID
+    image: GuestImage
+    memory_bytes: int
+    vcpus: int
+    console_socket: Path
+    emulator: Path
+    plugin: str | None = None
+
+
+def ram_below_4g(memory_bytes: int) -> int:
+    """How much of a q35 machine's RAM lies below the PCI hole (QEMU hw/i386/pc_q35.c).
+
+    Checked against QEMU's own map for each VM that is launched: `Domain.check_guest_map`.
+    """
+    return _Q35_LOW_BESIDE_HOLE if memory_bytes >= _Q35_HOLE_FROM else memory_bytes
+
+
+def domain_xml(spec: DomainSpec) -> str:
+    """The libvirt domain for `spec`: an ordinary TCG guest, RAM in a shared memfd."""
+    domain = ET.Element("domain", type="qemu")
+    _child(domain, "name", spec.name)
+    _child(domain, "uuid", str(spec.uuid))
+    _child(domain, "memory", str(spec.memory_bytes), unit="b")
+    _child(domain, "vcpu", str(spec.vcpus))
+    backing = _child(domain, "memoryBacking")
+    _child(backing, "source", type="memfd")
+    _child(backing, "access", mode="shared")
+    boot = _child(domain, "os")
+    _child(boot, "type", "hvm", arch="x86_64", machine="q35")
+    _child(boot, "kernel", str(spec.image.kernel))
+    _child(boot, "initrd", str(spec.image.initrd))
+    _child(boot, "cmdline", spec.image.cmdline)
+    features = _child(domain, "features")
+    _child(features, "acpi")
+    _child(features, "apic")
+    _child(domain, "cpu", mode="maximum")
+    _child(domain, "on_poweroff", "destroy")
+    _child(domain, "on_reboot", "restart")
+    _child(domain, "on_crash", "destroy")
+    devices = _child(domain, "devices")
+    _child(devices, "emulator", str(spec.emulator))
+    serial = _child(devices, "serial", type="unix")
+    _child(serial, "source", mode="bind", path=str(spec.console_socket))
+    _child(serial, "target", port="0")
+    _child(devices, "memballoon", model="virtio")
+    if spec.plugin is not None:
+        arguments = ET.SubElement(domain, f"{{{_QEMU_NAMESPACE}}}commandline")
+        for value in ("-plugin", spec.plugin):
+            ET.SubElement(arguments, f"{{{_QEMU_NAMESPACE}}}arg", value=value)
+    return ET.tostring(domain, encoding="unicode")
+
+
+def _child(parent: ET.Element, tag: str, text: str | None = None, **attributes: str) -> ET.Element:
+    element = ET.SubElement(parent, tag, attributes)
+    element.text = text
+    return element
+
+
+class Domain:
+    """A started guest; a context manager that leaves nothing of it behind.
+
+    The guest starts to run only after its console is connected, so not a byte of it is lost.
+    `started` is the `time.monotonic` of that moment.
+    """
+
+    def __init__(self, host: Host, spec: DomainSpec, transcript: Path, label: str) -> None:
+        self.spec = spec
+        self.label = label
+        self._host = host
+        self._transcript = transcript
+
+    def __enter__(self) -> Self:
+        flags = libvirt.VIR_DOMAIN_START_PAUSED
+        if not self._host.embedded:
+            # The embedded driver has no such thing; vm/reaper.py stands in for it.
+            flags |= libvirt.VIR_DOMAIN_START_AUTODESTROY
+        try:
+            self._domain = self._host.connection.createXML(domain_xml(self.spec), flags)
+        except libvirt.libvirtError as error:
+            raise VmError(self._reason(f"libvirt could not start {self.label}: {error}")) from (
+                error
+            )
+        try:
+            self.console = Console(self.spec.console_socket, self._transcript)
+        except BaseException:
+            self.destroy()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.console.close()
+        self.destroy()
+
+    def boot(self, timeout_s: float) -> None:
+        """Let the guest run, and wait for its shell."""
+        self.resume()
+        self.started = time.monotonic()
+        with self.explained():
+            self.console.wait_ready(timeout_s)
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn a lost console within the `with` into what QEMU or its plugin said, if anything."""
+        try:
+            yield
+        except VmLostError as error:
+            raise VmLostError(self._reason(str(error)), hint=error.hint) from error
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Hold the guest still: vCPUs stopped, and all device I/O finished (QEMU's vm_stop)."""
+        self.suspend()
+        yield
+        self.resume()
+
+    def suspend(self) -> None:
+        """Stop the vCPUs."""
+        self._call(self._domain.suspend)
+
+    def resume(self) -> None:
+        """Let the vCPUs run."""
+        self._call(self._domain.resume)
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether libvirt has the guest as paused."""
+        state: int = self._call(self._domain.state)[0]
+        return bool(state == libvirt.VIR_DOMAIN_PAUSED)
+
+    def power_off(self, timeout_s: float) -> None:
+        """Have the guest shut down by itself, and wait for QEMU's end."""
+        with self.explained():
+            self.console.send("poweroff -f")
+            self.console.wait_end(timeout_s)
+
+    def monitor(self, command: str) -> str:
+        """One command of QEMU's human monitor (HMP)."""
+        flags = libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP
+        answer: str = self._call(
+            lambda: libvirt_qemu.qemuMonitorCommand(self._domain, command, flags)
+        )
+        return answer
+
+    def check_guest_map(self, segments: tuple[GuestSegment, ...]) -> None:
+        """Compare the plugin's guest-physical map with QEMU's own flat view of memory.
+
+        Raises:
+            VmError: they differ: what the store tracker marks would be other lines.
+        """
+        ranges = guest_ram_ranges(self.monitor("info mtree -f"))
+        if not ranges:
+            raise VmError("QEMU shows no guest RAM in its memory tree")
+        for start, stop, offset in ranges:
+            fits = any(
+                segment.guest_physical <= start
+                and stop <= segment.guest_physical + segment.size_bytes
+                and start - segment.guest_physical == offset - segment.ram_offset
+                for segment in segments
+            )
+            if not fits:
+                raise VmError(
+                    f"QEMU has guest-physical {start:#x}-{stop:#x} at RAM offset {offset:#x},"
+                    " the plugin has it elsewhere"
+                )
+
+    def _call(self, function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except libvirt.libvirtError as error:
+            raise VmLostError(self._reason(f"{self.label}: {error}")) from error
+
+    def _reason(self, otherwise: str) -> str:
+        """The plugin's last word in QEMU's log explains an end better than its symptom does."""
+        said = [
+            line
+            for line in self._host.qemu_log(self.spec.name).splitlines()
+            if line.startswith("mktme: ")
+        ]
+        return f"{self.label}: {said[-1].removeprefix('mktme: ')}" if said else otherwise
+
+    def destroy(self) -> None:
+        """Take the guest down, whatever it is doing."""
+        with contextlib.suppress(libvirt.libvirtError):  # it is gone already
+            self._domain.destroy()
+
+
+def guest_ram_ranges(mtree: str) -> list[tuple[int, int, int]]:
+    """Guest RAM in QEMU's ``info mtree -f``: (first address, address after it, RAM offset)."""
+    views = mtree.split("FlatView #")
+    system = next((view for view in views if 'AS "memory"' in view), "")
+    return [
+        (int(start, 16), int(last, 16) + 1, int(offset or "0", 16))
+        for start, last, name, offset in _MTREE_RAM.findall(system)
+        if name == "pc.ram"
+    ]

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The virtualisation host: a libvirt connection, embedded by default."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+from urllib.parse import urlsplit
+
+import libvirt
+
+from mktme.engine.errors import MktmeError
+from mktme.vm.images import cache_dir
+from mktme.vm.reaper import LIBVIRT_ROOT, process_dir
+
+EMULATOR: Final = Path("/usr/bin/qemu-system-x86_64")
+QEMU_MIN: Final = (10, 0, 0)
+
+# stdio_handler: no virtlogd here. The others: this driver runs as whoever runs the harness, and
+# neither owners, labels, cgroups nor namespaces are the harness's to change on a user's machine.
+_QEMU_CONF: Final = """\
+stdio_handler = "file"
+security_driver = "none"
+dynamic_ownership = 0
+remember_owner = 0
+cgroup_controllers = []
+namespaces = []
+"""
+
+
+class EnvironmentUnfitError(MktmeError):
+    """This machine lacks something; `mktme doctor` looks at all of it."""
+
+
+class UsageError(MktmeError):
+    """An option's value makes no sense."""
+
+
+class Host:
+    """A connection to libvirt; a context manager.
+
+    Args:
+        uri: another libvirt on this machine in place of the embedded driver.
+
+    Raises:
+        UsageError: `uri` names another machine.
+        EnvironmentUnfitError: libvirt does not answer, or its QEMU is too old.
+    """
+
+    def __init__(self, uri: str | None = None) -> None:
+        self.embedded = uri is None
+        self.uri = uri or "qemu:///embed"
+        parts = urlsplit(self.uri)
+        if parts.netloc or "ssh" in parts.scheme:
+            raise UsageError(
+                f"{self.uri}: the engine runs beside QEMU, and this one is on another machine",
+                hint="run mktme on that machine, with a URI such as qemu:///system",
+            )
+
+    def __enter__(self) -> Self:
+        _run_event_loop()
+        uri = f"{self.uri}?root={_embedded_root()}" if self.embedded else self.uri
+        try:
+            self.connection = libvirt.open(uri)
+            self.qemu_version = _version(self.connection.getVersion())
+            self.libvirt_version = _version(self.connection.getLibVersion())
+        except libvirt.libvirtError as error:
+            raise EnvironmentUnfitError(
+                f"libvirt at {self.uri}: {error}", hint="mktme doctor"
+            ) from error
+        if self.qemu_version < QEMU_MIN:
+            self.connection.close()
+            raise EnvironmentUnfitError(
+                f"QEMU {dotted(self.qemu_version)} is too old, {dotted(QEMU_MIN[:2])} is needed",
+                hint="make setup",
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.connection.close()
+
+    @property
+    def plugin_api(self) -> int:
+        """The QEMU plugin API version that this host's QEMU takes (11.1 takes 7 alone)."""
+        return plugin_api(self.qemu_version)
+
+    def qemu_log(self, name: str) -> str:
+        """What a domain's QEMU said so far; empty where we may not look."""
+        directory = (
+            _embedded_root() / "log" / "qemu" if self.embedded else Path("/var/log/libvirt/qemu")
+        )
+        try:
+            return (directory / f"{name}.log").read_text(errors="replace")
+        except OSError:
+            return ""
+
+
+def plugin_api(qemu_version: tuple[int, ...]) -> int:
+    """The QEMU plugin API version to build for: QEMU 10 accepts 2 to 4, QEMU 11.1 only 7."""
+    return 7 if qemu_version >= (11,) else 4
+
+
+def plugin_path(api: int) -> Path:
+    """The plugin built for `api`.
+
+    Raises:
+        EnvironmentUnfitError: it is not built.
+    """
+    name = f"mktme-api{api}.so"
+    path = Path(__file__).parents[3] / "build" / "qemu-plugin" / name
+    if not path.is_file():
+        raise EnvironmentUnfitError(f"the QEMU plugin {path} is not built", hint="make setup")
+    return path
+
+
+def _version(number: int) -> tuple[int, int, int]:
+    """How libvirt packs versions: 1,000,000 major + 1,000 minor + release."""
+    return number // 1_000_000, number // 1000 % 1000, number % 1000
+
+
+def dotted(version: tuple[int, ...]) -> str:
+    """A version tuple as people write it."""
+    return ".".join(str(part) for part in version)
+
+
+@functools.cache
+def _embedded_root() -> Path:
+    """The embedded driver's root, which it has one of per process."""
+    root = process_dir() / LIBVIRT_ROOT
+    configuration = root / "etc" / "qemu.conf"
+    configuration.parent.mkdir(parents=True)
+    user = 'user = "root"\ngroup = "root"\n' if os.geteuid() == 0 else ""
+    configuration.write_text(_QEMU_CONF + user)
+    # libvirt asks a new QEMU binary for its capabilities, which takes seconds, and keeps the
+    # answers, with what they depend on, here. They may outlive the process.
+    kept = cache_dir().parent / "qemu-capabilities"
+    kept.mkdir(parents=True, exist_ok=True)
+    capabilities = root / "cache" / "qemu" / "capabilities"
+    capabilities.parent.mkdir(parents=True)
+    capabilities.symlink_to(kept)
+    return root
+
+
+@functools.cache
+def _run_event_loop() -> None:
+    """Start libvirt's event loop, once per process: the embedded driver needs it."""
+    # libvirt prints errors to stderr by itself unless it is given a handler; we raise them.
+    libvirt.registerErrorHandler(lambda _context, _error: None, None)
+    libvirt.virEventRegisterDefaultImpl()
+
+    def run() -> None:
+        while True:
+            libvirt.virEventRunDefaultImpl()
+
+    threading.Thread(target=run, name="libvirt-events", daemon=True).start()

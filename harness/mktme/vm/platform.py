@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One simulated host for its user: an engine, a libvirt, and the VMs on them.
+
+::
+
+    with Platform(dram_bytes=2 << 30) as platform:
+        with platform.launch(VmConfig(image, memory_bytes=512 << 20)) as vm:
+            vm.domain.console.run("workload 1", timeout_s=120)
+            with vm.held():
+                ...  # DRAM is now exactly the guest's RAM
+
+Nothing outlives its `with`; a `vm.reaper` cleans up after a harness that is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from mktme.datapath.shadow import Track
+from mktme.datapath.uffd import require_write_tracking
+from mktme.engine.keys import KeyMode
+from mktme.engine.xts import PAGE_BYTES, Algorithm
+from mktme.service import wire
+from mktme.service.client import EngineClient, EngineProcess, ServiceError
+from mktme.vm.console import VmError
+from mktme.vm.domain import Domain, DomainSpec, ram_below_4g
+from mktme.vm.host import EMULATOR, EnvironmentUnfitError, Host, UsageError, plugin_path
+from mktme.vm.images import GuestImage
+from mktme.vm.reaper import process_dir
+
+BOOT_TIMEOUT_S: Final = 120.0
+LINK_TIMEOUT_S: Final = 20.0
+MIN_MEMORY_BYTES: Final = 128 << 20
+REGION_ALIGN_BYTES: Final = 2 << 20
+# libvirt gives x86 guests their memory in steps of 1 MiB (qemuDomainGetMemorySizeAlignment).
+_MEMORY_STEP_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class VmConfig:
+    """A guest as asked for.
+
+    Attributes:
+        image: what it boots.
+        memory_bytes: its RAM.
+        vcpus: how many.
+        track: the shadow data path's trackers; None for plain QEMU without plugin or engine.
+        algorithm: of its KeyID.
+        mode: how its KeyID is programmed.
+        key_file: the known key, for `KeyMode.DIRECT`.
+        check_tlb: have the plugin compare each translation it caches with QEMU's.
+    """
+
+    image: GuestImage
+    memory_bytes: int = 512 << 20
+    vcpus: int = 1
+    track: Track | None = Track.STORES_AND_PAGES
+    algorithm: Algorithm = Algorithm.AES_XTS_128
+    mode: KeyMode = KeyMode.RANDOM
+    key_file: Path | None = None
+    check_tlb: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Vm:
+    """A running guest of a platform.
+
+    Attributes:
+        config: as it was launched, with the tracker that is really on.
+        domain: its libvirt side; `domain.console` runs commands.
+        engine: the platform's engine, None for a plain guest.
+        keyid: its KeyID, 0 for a plain guest.
+        base: where its RAM starts in DRAM.
+    """
+
+    uuid: uuid.UUID
+    config: VmConfig
+    domain: Domain
+    engine: EngineClient | None
+    keyid: int = 0
+    base: int = 0
+
+    @property
+    def name(self) -> str:
+        """What the user calls it; the domain's own name is longer, and unique."""
+        return self.domain.label
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[EngineClient]:
+        """Pause the guest and flush: within the `with`, DRAM is exactly the guest's RAM."""
+        engine = self.require_engine()
+        with self.domain.paused():
+            engine.flush(self.uuid)
+            yield engine
+
+    def status(self) -> wire.VmStatus:
+        """The engine's view of this VM."""
+        return vm_status(self.require_engine(), self.uuid)
+
+    def require_engine(self) -> EngineClient:
+        """The engine; a plain guest has none."""
+        if self.engine is None:
+            raise VmError(f"{self.name} runs without an engine")
+        return self.engine
+
+
+def vm_status(engine: EngineClient, vm: uuid.UUID) -> wire.VmStatus:
+    """One VM of the engine's status."""
+    for status in engine.status().vms:
+        if status.vm == vm:
+            return status
+    raise ServiceError(f"the engine knows no VM {vm}")
+
+
+class Platform:
+    """The simulated host; a context manager.
+
+    Args:
+        dram_bytes: size of its DRAM.
+        dram: where to keep the DRAM image; None for a file that goes with the platform.
+        connect: a libvirt URI in place of the embedded driver.
+        notice: called with a line for the user when something is not as asked for.
+    """
+
+    def __init__(
+        self,
+        dram_bytes: int,
+        *,
+        dram: Path | None = None,
+        connect: str | None = None,
+        notice: Callable[[str], None] = lambda _line: None,
+    ) -> None:
+        self._dram_bytes = dram_bytes
+        self._dram = dram
+        self._connect = connect
+        self._notice = notice
+        self._changed = threading.Condition()
+        self._linked: set[uuid.UUID] = set()
+        self._domains: dict[uuid.UUID, Domain] = {}
+        self._faults: dict[uuid.UUID, str] = {}
+        self._refusals: list[str] = []
+        self._aborted = False
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self.run_dir = Path(tempfile.mkdtemp(prefix="run-", dir=process_dir()))
+            stack.callback(shutil.rmtree, self.run_dir, ignore_errors=True)
+            self.host = stack.enter_context(Host(self._connect))
+            self.dram_path = (self._dram or self.run_dir / "dram.img").absolute()
+            require_disk(self.dram_path.parent, self._dram_bytes)
+            process = EngineProcess(self.run_dir, self.dram_path, self._dram_bytes)
+            self._process = stack.enter_context(process)
+            self.engine = self._process.client
+            watcher = threading.Thread(target=self._watch, name="mktme-events", daemon=True)
+            watcher.start()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def engine_pid(self) -> int:
+        """The engine's process."""
+        return self._process.process.pid
+
+    @contextlib.contextmanager
+    def launch(self, config: VmConfig, name: str = "guest") -> Iterator[Vm]:
+        """Start a guest, boot it to its shell, and take it down at the end.
+
+        Raises:
+            UsageError: a value in `config` makes no sense.
+            EnvironmentUnfitError: this machine cannot carry it.
+            VmError: it did not come up.
+        """
+        check_config(config)
+        config = self._supported(config)
+        if config.track is not None and config.track.pages:
+            require_write_tracking()
+        require_memory(config.memory_bytes)
+        one = uuid.uuid4()
+        unique = f"mktme-{name}-{one.hex[:8]}"
+        with contextlib.ExitStack() as stack:
+            vm_fields = {}
+            plugin = None
+            if config.track is not None:
+                added = self.engine.add_vm(
+                    one,
+                    name=name,
+                    memory_bytes=config.memory_bytes,
+                    track=config.track,
+                    algorithm=config.algorithm,
+                    mode=config.mode,
+                    key_file=config.key_file,
+                )
+                stack.callback(self._forget, one)
+                vm_fields = {"keyid": added.keyid, "base": added.base}
+                plugin = self._plugin_argument(one, config, config.track)
+            spec = DomainSpec(
+                name=unique,
+                uuid=one,
+                image=config.image,
+                memory_bytes=config.memory_bytes,
+                vcpus=config.vcpus,
+                console_socket=self.run_dir / f"{one.hex[:8]}.console",
+                emulator=EMULATOR,
+                plugin=plugin,
+            )
+            transcript = self.run_dir / f"{unique}.log"
+            domain = stack.enter_context(Domain(self.host, spec, transcript, label=name))
+            self._domains[one] = domain
+            stack.callback(self._domains.pop, one)
+            if self._aborted:
+                raise VmError(f"{unique} is not wanted any more")
+            engine = None
+            if config.track is not None:
+                engine = self.engine
+                self._wait_linked(one, domain)
+                domain.check_guest_map(vm_status(engine, one).segments)
+            domain.boot(BOOT_TIMEOUT_S)
+            yield Vm(one, config, domain, engine, **vm_fields)
+
+    def abort(self) -> None:
+        """Take every guest down now, from any thread: whoever waits for one gets a `VmError`."""
+        self._aborted = True
+        for domain in tuple(self._domains.values()):
+            domain.destroy()
+
+    def check(self, vm: Vm) -> None:
+        """Raise what went wrong with a VM's memory since it was launched, if anything did."""
+        with self._changed:
+            fault = self._faults.get(vm.uuid)
+        if fault is not None:
+            raise VmError(
+                f"{vm.name} is paused: {fault}", hint="free space where the DRAM image is"
+            )
+
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait for an engine event that makes `condition` true; returns whether one did."""
+        with self._changed:
+            return self._changed.wait_for(condition, timeout_s)
+
+    def fault(self, vm: uuid.UUID) -> str | None:
+        """Why a VM's memory is not followed now, None if it is."""
+        return self._faults.get(vm)
+
+    def _supported(self, config: VmConfig) -> VmConfig:
+        """Fall back from `stores` where QEMU would abort (see FACTS in docs/adr/0003)."""
+        if config.track is None or not config.track.stores or config.vcpus == 1:
+            return config
+        if self.host.qemu_version >= (11,):
+            return config
+        self._notice(
+            f"QEMU {self.host.qemu_version[0]} can abort when the stores tracker watches"
+            f" {config.vcpus} vCPUs; tracking by pages alone"
+        )
+        return dataclasses.replace(config, track=Track.PAGES)
+
+    def _plugin_argument(self, one: uuid.UUID, config: VmConfig, track: Track) -> str:
+        path = plugin_path(self.host.plugin_api)
+        options = {
+            "socket": self.engine.welcome.link_socket,
+            "vm": str(one),
+            "track": track.value,
+            "ram-below-4g": str(ram_below_4g(config.memory_bytes)),
+            "check-tlb": "on" if config.check_tlb else "off",
+        }
+        return ",".join([str(path), *(f"{key}={value}" for key, value in options.items())])
+
+    def _wait_linked(self, one: uuid.UUID, domain: Domain) -> None:
+        def settled() -> bool:
+            return one in self._linked or bool(self._refusals)
+
+        with self._changed:
+            self._changed.wait_for(settled, LINK_TIMEOUT_S)
+            if one in self._linked:
+                return
+            refusal = self._refusals[-1] if self._refusals else None
+        raise VmError(
+            f"{domain.spec.name}: its plugin did not link to the engine"
+            + (f": {refusal}" if refusal else "")
+        )
+
+    def _forget(self, one: uuid.UUID) -> None:
+        with contextlib.suppress(ServiceError):  # an engine that is gone has forgotten
+            self.engine.remove_vm(one)
+
+    def _watch(self) -> None:
+        """Follow the engine's events; a VM whose writes do not fit into DRAM is paused."""
+        while (event := self.engine.events.get()) is not None:
+            if isinstance(event, wire.DramFull):
+                self._pause(event.vm)
+            with self._changed:
+                match event:
+                    case wire.VmLinked(vm=one):
+                        self._linked.add(one)
+                    case wire.VmUnlinked(vm=one):
+                        self._linked.discard(one)
+                    case wire.LinkRefused(reason=reason):
+                        self._refusals.append(reason)
+                    case wire.DramCaughtUp(vm=one):
+                        self._faults.pop(one, None)
+                    case (
+                        wire.DramFull(vm=one, message=message)
+                        | wire.VmFault(vm=one, message=message)
+                    ):
+                        self._faults[one] = message
+                self._changed.notify_all()
+
+    def _pause(self, one: uuid.UUID) -> None:
+        domain = self._domains.get(one)
+        if domain is not None:
+            with contextlib.suppress(VmError):  # it ended by itself meanwhile
+                domain.suspend()
+
+
+def check_config(config: VmConfig) -> None:
+    """Check a guest's sizes before anything is started.
+
+    Raises:
+        UsageError: with the nearest value that would do.
+    """
+    memory = config.memory_bytes
+    if memory % PAGE_BYTES:
+        raise UsageError(
+            f"{memory} bytes of memory are not whole pages of {PAGE_BYTES} bytes",
+            hint=f"--memory {max(1, memory >> 20)}M",
+        )
+    if memory % _MEMORY_STEP_BYTES:
+        raise UsageError(
+            f"{memory} bytes of memory are not whole MiB, and libvirt gives no less",
+            hint=f"--memory {max(1, memory >> 20)}M",
+        )
+    if memory < MIN_MEMORY_BYTES:
+        raise UsageError(
+            f"{memory >> 20} MiB are too little for a guest",
+            hint=f"--memory {MIN_MEMORY_BYTES >> 20}M or more",
+        )
+    if not 1 <= config.vcpus <= 255:
+        raise UsageError(f"{config.vcpus} vCPUs", hint="--vcpus 1 to 255")
+    if (config.mode is KeyMode.DIRECT) != (config.key_file is not None):
+        raise UsageError("a known key and key mode direct go together")
+
+
+def region_bytes(memory_bytes: int) -> int:
+    """What a guest takes of DRAM: its RAM, up to the allocator's next boundary."""
+    return -(-memory_bytes // REGION_ALIGN_BYTES) * REGION_ALIGN_BYTES
+
+
+def require_memory(needed_bytes: int) -> None:
+    """Check that a guest of this size fits into this machine's memory now."""
+    available = available_memory_bytes()
+    if needed_bytes > available:
+        raise EnvironmentUnfitError(
+            f"a guest of {needed_bytes >> 20} MiB does not fit: {available >> 20} MiB"
+            " of memory are available",
+            hint="ask for less with --memory, or end other programs",
+        )
+
+
+def available_memory_bytes() -> int:
+    """Memory that programs can still have without swapping (proc(5), MemAvailable)."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise EnvironmentUnfitError("/proc/meminfo does not say what memory is available")
+
+
+def require_disk(directory: Path, needed_bytes: int) -> int:
+    """Check that a DRAM image of this size fits into a directory; returns what is free there."""
+    try:
+        status = os.statvfs(directory)
+    except OSError as error:
+        raise UsageError(
+            f"{directory}: no place for the DRAM image: {error.strerror}", hint="--dram FILE"
+        ) from error
+    available = status.f_bavail * status.f_frsize
+    if needed_bytes > available:
+        raise EnvironmentUnfitError(
+            f"DRAM of {needed_bytes >> 20} MiB does not fit into {directory}:"
+            f" {available >> 20} MiB are free",
+            hint="put it on another file system with --dram FILE, or set TMPDIR",
+        )
+    return available

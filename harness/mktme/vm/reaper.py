@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""This process's private directory, and the small process that clears up after it.
+
+libvirt's embedded driver has one root for the life of a process, and leaves its QEMU processes
+running when that process is killed. So there is one directory per process, and a reaper that
+holds the other end of a pipe: when the pipe ends, however that comes about, it kills each QEMU
+that was started below the directory and removes it. It imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Final
+
+LIBVIRT_ROOT: Final = "libvirt"
+_PID_FILES: Final = f"{LIBVIRT_ROOT}/run/qemu/*.pid"
+
+
+@functools.cache
+def process_dir() -> Path:
+    """A private directory that is gone, and all QEMUs of it, soon after this process is."""
+    # Short, since the paths of UNIX sockets end at 107 bytes.
+    directory = Path(tempfile.mkdtemp(prefix="mktme-"))
+    reaper = subprocess.Popen(
+        [sys.executable, "-m", "mktme.vm.reaper", str(directory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,  # neither Ctrl-C nor the terminal's end may reach it
+    )
+    atexit.register(reaper.communicate)
+    return directory
+
+
+def kill_leftovers(directory: Path) -> None:
+    """Kill every QEMU that libvirt started below `directory`, then remove the directory."""
+    for pid_file in directory.glob(_PID_FILES):
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(pid_file.read_text())
+            descriptor = os.pidfd_open(pid)
+            try:
+                # The number may have passed on to a stranger since the file was written.
+                if os.fsencode(directory) in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            finally:
+                os.close(descriptor)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def main() -> None:
+    """Wait for the end of the process that started this one, and clear up after it."""
+    sys.stdin.buffer.read()
+    kill_leftovers(Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()
