@@ -7,7 +7,7 @@ The whole tree, outer layers included (each layer defines its own branch)::
     ├── EngineError                 this module
     │   ├── AddressError            an address or range that the platform does not have
     │   ├── KeyIdError              a KeyID that cannot be used as asked
-    │   ├── KeyMaterialError        a key that must not be used (length, equal halves)
+    │   ├── KeyMaterialError        a key, or key file, that must not be used
     │   └── DramError               the DRAM image cannot be read or written
     │       └── DramFullError       its file system is full (ENOSPC, EDQUOT)
     ├── LinkError                   mktme.datapath.link: a hello that is refused
@@ -54,7 +54,7 @@ class KeyIdError(EngineError):
 
 
 class KeyMaterialError(EngineError):
-    """Key material that must not be used; the message never shows any of it."""
+    """Key material that cannot or must not be used; the message never shows any of it."""
 
 
 class DramError(EngineError):

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The key table: which key, if any, each KeyID stands for.
+
+What Python can and cannot promise about keys: the buffers that this package owns (the key file's
+contents, each cipher's key) are bytearrays, overwritten when their use ends, and OpenSSL cleanses
+its key schedules. But ``os.urandom`` returns an immutable ``bytes`` object, whose memory goes back
+to the allocator as it is, and the interpreter may copy any object. The engine process as a whole
+is therefore the boundary that protects keys, not this module.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from mktme.engine.errors import KeyIdError, KeyMaterialError
+from mktme.engine.xts import Algorithm, XtsCipher, wipe
+
+MAX_KEYID_BITS: Final = 15
+"""What the 4-bit field IA32_TME_CAPABILITY[35:32] can say (Intel SDM vol. 4, MSR 981H)."""
+
+_KEY_FILE_MAX_BYTES: Final = 1024
+_DIGITS: Final = b"0123456789abcdefABCDEF"
+_WHITESPACE: Final = b" \t\r\n\v\f"
+
+
+class KeyMode(enum.Enum):
+    """How a KeyID is programmed (in brackets: the PCONFIG command, Intel 336907)."""
+
+    PLATFORM = "platform"
+    """The TME key: KeyID 0, and every KeyID not programmed otherwise or cleared."""
+    DIRECT = "direct"
+    """A key that software gave (SET_KEY_DIRECT)."""
+    RANDOM = "random"
+    """A key that the platform drew, which nobody can read (SET_KEY_RANDOM)."""
+    NO_ENCRYPT = "no-encrypt"
+    """Plaintext in DRAM (NO_ENCRYPT)."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyDescription:
+    """What may be told about a KeyID.
+
+    Attributes:
+        keyid: the KeyID.
+        mode: how it was programmed.
+        algorithm: what its lines are encrypted with; None for `KeyMode.NO_ENCRYPT`.
+    """
+
+    keyid: int
+    mode: KeyMode
+    algorithm: Algorithm | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    mode: KeyMode
+    cipher: XtsCipher | None
+
+
+class KeyTable:
+    """The keys of one platform; KeyIDs 0 to ``2**keyid_bits - 1``.
+
+    The TME key is drawn at construction. It is KeyID 0's, and that of each KeyID that is not
+    programmed.
+
+    Args:
+        keyid_bits: physical address bits used as KeyID, 0 (TME only) to `MAX_KEYID_BITS`.
+        tme_algorithm: what the TME key is for.
+
+    Raises:
+        ValueError: ``keyid_bits`` is out of range.
+    """
+
+    def __init__(
+        self, keyid_bits: int = 6, tme_algorithm: Algorithm = Algorithm.AES_XTS_128
+    ) -> None:
+        if not 0 <= keyid_bits <= MAX_KEYID_BITS:
+            raise ValueError(f"keyid_bits must be 0 to {MAX_KEYID_BITS}, not {keyid_bits}")
+        self._keyid_bits = keyid_bits
+        self._platform = _Entry(KeyMode.PLATFORM, _random_cipher(tme_algorithm))
+        self._programmed: dict[int, _Entry] = {}
+
+    @property
+    def keyid_bits(self) -> int:
+        """Physical address bits used as KeyID."""
+        return self._keyid_bits
+
+    @property
+    def keyid_count(self) -> int:
+        """How many KeyIDs there are, KeyID 0 included."""
+        return 1 << self._keyid_bits
+
+    def program_direct(
+        self, keyid: int, algorithm: Algorithm, key: bytes | bytearray | memoryview
+    ) -> None:
+        """Give a KeyID a key (SET_KEY_DIRECT).
+
+        Args:
+            keyid: 1 to `keyid_count` - 1.
+            algorithm: what the key is for.
+            key: data key followed by tweak key. It is copied; the caller wipes its own.
+
+        Raises:
+            KeyIdError: no such KeyID, or KeyID 0.
+            KeyMaterialError: the key must not be used; the KeyID keeps what it had.
+        """
+        self._check_programmable(keyid)
+        self._replace(keyid, _Entry(KeyMode.DIRECT, XtsCipher(algorithm, key)))
+
+    def program_random(self, keyid: int, algorithm: Algorithm) -> None:
+        """Draw a key for a KeyID (SET_KEY_RANDOM).
+
+        Args:
+            keyid: 1 to `keyid_count` - 1.
+            algorithm: what the key is for.
+
+        Raises:
+            KeyIdError: no such KeyID, or KeyID 0.
+        """
+        self._check_programmable(keyid)
+        self._replace(keyid, _Entry(KeyMode.RANDOM, _random_cipher(algorithm)))
+
+    def program_no_encrypt(self, keyid: int) -> None:
+        """Let a KeyID's memory go to DRAM as it is (NO_ENCRYPT).
+
+        Args:
+            keyid: 1 to `keyid_count` - 1.
+
+        Raises:
+            KeyIdError: no such KeyID, or KeyID 0.
+        """
+        self._check_programmable(keyid)
+        self._replace(keyid, _Entry(KeyMode.NO_ENCRYPT, None))
+
+    def clear(self, keyid: int) -> None:
+        """Destroy a KeyID's own key; from now on it uses the TME key (CLEAR_KEY).
+
+        Args:
+            keyid: 1 to `keyid_count` - 1.
+
+        Raises:
+            KeyIdError: no such KeyID, or KeyID 0.
+        """
+        self._check_programmable(keyid)
+        self._replace(keyid, None)
+
+    def cipher(self, keyid: int) -> XtsCipher | None:
+        """What a KeyID's lines are encrypted with.
+
+        Good until the KeyID is programmed anew, which wipes it: ask for each batch.
+
+        Args:
+            keyid: 0 to `keyid_count` - 1.
+
+        Returns:
+            The cipher, or None when the KeyID is `KeyMode.NO_ENCRYPT`.
+
+        Raises:
+            KeyIdError: no such KeyID.
+        """
+        return self._entry(keyid).cipher
+
+    def describe(self) -> tuple[KeyDescription, ...]:
+        """What may be told of the KeyIDs: KeyID 0, then each programmed one in order.
+
+        Every other KeyID is as KeyID 0.
+        """
+        entries = {0: self._platform, **self._programmed}
+        return tuple(
+            KeyDescription(keyid, entry.mode, entry.cipher.algorithm if entry.cipher else None)
+            for keyid, entry in sorted(entries.items())
+        )
+
+    def __repr__(self) -> str:
+        return f"<KeyTable {self._keyid_bits} bits, {len(self._programmed)} KeyIDs programmed>"
+
+    def _entry(self, keyid: int) -> _Entry:
+        if not 0 <= keyid < self.keyid_count:
+            raise KeyIdError(
+                f"no KeyID {keyid}: the platform has 0 to {self.keyid_count - 1}", keyid=keyid
+            )
+        return self._programmed.get(keyid, self._platform)
+
+    def _check_programmable(self, keyid: int) -> None:
+        if keyid == 0:
+            raise KeyIdError("KeyID 0 is the TME key's and cannot be programmed", keyid=0)
+        self._entry(keyid)
+
+    def _replace(self, keyid: int, entry: _Entry | None) -> None:
+        old = self._programmed.pop(keyid, None)
+        if old is not None and old.cipher is not None:
+            old.cipher.wipe()
+        if entry is not None:
+            self._programmed[keyid] = entry
+
+
+def _random_cipher(algorithm: Algorithm) -> XtsCipher:
+    return XtsCipher(algorithm, os.urandom(algorithm.key_bytes))
+
+
+def read_key_file(path: Path, algorithm: Algorithm) -> bytearray:
+    """Read key material from a file: the raw bytes, or hexadecimal text.
+
+    Args:
+        path: a regular file, not a symbolic link, that only its owner can access. Whitespace in
+            hexadecimal text is ignored.
+        algorithm: says how many bytes it takes.
+
+    Returns:
+        Data key followed by tweak key. The caller wipes it after use (`mktme.engine.xts.wipe`).
+
+    Raises:
+        KeyMaterialError: the file cannot be read, others may read it, or it does not hold a key
+            of the right length. No message shows any of its contents.
+    """
+    size = algorithm.key_bytes
+    # One byte more than is allowed, to tell a longer file from the longest good one.
+    buffer = bytearray(_KEY_FILE_MAX_BYTES + 1)
+    try:
+        text = memoryview(buffer)[: _read_private_file(path, buffer)]
+        if len(text) <= _KEY_FILE_MAX_BYTES:
+            # Text that happens to be as long as the raw key would be is a shorter key in
+            # hexadecimal: random bytes look like that with probability (22/256)^32.
+            digits = _count_hexadecimal(text)
+            if digits is None and len(text) == size:
+                return bytearray(text)
+            if digits == 2 * size:
+                return _decode_hexadecimal(text, size)
+    finally:
+        wipe(buffer)
+    raise KeyMaterialError(
+        f"{path}: no {algorithm.value} key: neither {size} raw bytes nor "
+        f"{2 * size} hexadecimal digits",
+        hint=f"create one with: (umask 077; head -c {size} /dev/urandom > FILE)",
+    )
+
+
+def _read_private_file(path: Path, buffer: bytearray) -> int:
+    """Fill ``buffer`` from a file that only its owner can access; return the bytes read."""
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for a writer.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        hint = "give the file itself" if error.errno == errno.ELOOP else None
+        raise KeyMaterialError(f"{path}: {error.strerror}", hint=hint) from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise KeyMaterialError(f"{path}: not a regular file")
+        if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise KeyMaterialError(
+                f"{path}: others have access to this key file "
+                f"(mode {stat.S_IMODE(status.st_mode):04o})",
+                hint=f"chmod 600 {path}",
+            )
+        length = 0
+        while count := os.readv(fd, [memoryview(buffer)[length:]]):
+            length += count
+        return length
+    except OSError as error:
+        raise KeyMaterialError(f"{path}: {error.strerror}") from error
+    finally:
+        os.close(fd)
+
+
+def _count_hexadecimal(text: memoryview) -> int | None:
+    """How many hexadecimal digits there are, or None when there is anything but whitespace too."""
+    if not all(byte in _DIGITS or byte in _WHITESPACE for byte in text):
+        return None
+    return sum(byte in _DIGITS for byte in text)
+
+
+def _decode_hexadecimal(text: memoryview, size_bytes: int) -> bytearray:
+    """Decode digit by digit: `bytes.fromhex` would leave immutable copies of the key behind."""
+    key = bytearray(size_bytes)
+    digits = (int(chr(byte), 16) for byte in text if byte in _DIGITS)
+    for index, high in enumerate(digits):
+        key[index] = high << 4 | next(digits)
+    return key
