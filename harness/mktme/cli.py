@@ -7,7 +7,6 @@ The library raises; this module alone prints errors and chooses the exit code.
 from __future__ import annotations
 
 import enum
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +39,7 @@ from mktme.proof.report import Check, GuestReport, RunReport, write_json
 from mktme.proof.transparency import Progress as StepProgress
 from mktme.service.client import EngineRefusedError
 from mktme.vm import doctor, images
-from mktme.vm.platform import VmConfig, check_config
+from mktme.vm.platform import VmConfig, check_config, parse_size
 
 
 class ExitCode(enum.IntEnum):
@@ -60,8 +59,6 @@ class DataPath(enum.Enum):
     SHADOW = "shadow"
 
 
-_SIZE: Final = re.compile(r"(\d+)([KMG]?)(?:i?B)?", re.I)
-_UNITS: Final = {"": 0, "K": 10, "M": 20, "G": 30}
 _USAGE_ERRORS: Final = (UsageError, images.UnknownGuestError)
 _ENVIRONMENT_ERRORS: Final = (EnvironmentUnfitError, WriteTrackingError, images.ImageError)
 # The engine's own errors come over its socket by name.
@@ -79,14 +76,6 @@ app = typer.Typer(
 )
 out = Console()
 err = Console(stderr=True)
-
-
-def parse_size(text: str) -> int:
-    """A size in bytes from 512M, 1G, 786432K, 4096 (bytes)."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise typer.BadParameter(f"{text!r} is not a size such as 512M or 4G")
-    return int(match[1]) << _UNITS[match[2].upper()]
 
 
 GuestOption = Annotated[str, typer.Option(help="Guest to boot: a recipe in guest-images/.")]
@@ -303,28 +292,26 @@ def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
     """A table that fits 80 columns where its text does."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left")
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return table
 
 
 def _guest_table(guests: tuple[GuestReport, ...]) -> Table:
     figures = ("boot", "work", "CPU lines", "other lines")
-    table = _table("Guests", "guest", "tracker", "KeyID", *figures, right=figures)
+    ciphers = {guest.algorithm.value for guest in guests if guest.algorithm}
+    title = f"Guests, {guests[0].memory_bytes >> 20} MiB each, {', '.join(sorted(ciphers))}"
+    table = _table(title, "guest", "tracker", "KeyID", *figures, right=figures)
     for guest in guests:
         traffic = guest.traffic
-        key = "-"
-        if guest.keyid is not None and guest.key_mode is not None:
-            encrypts = guest.key_mode is not KeyMode.NO_ENCRYPT and guest.algorithm is not None
-            cipher = f", {guest.algorithm.value}" if encrypts and guest.algorithm else ""
-            key = f"{guest.keyid}: {guest.key_mode.value}{cipher}"
+        has_key = guest.keyid is not None and guest.key_mode is not None
         table.add_row(
             guest.name,
             guest.track.value if guest.track else "plain QEMU",
-            key,
+            f"{guest.keyid} {guest.key_mode.value}" if has_key and guest.key_mode else "-",
             f"{guest.boot_s:.1f} s",
-            f"{guest.workload_s:.1f} s",
+            f"{guest.workload_s:.1f} s" if guest.checksums else "-",
             f"{traffic.lines_stored:,}" if traffic and guest.counts_stores else "-",
-            f"{traffic.lines_other:,}" if traffic else "-",
+            f"{traffic.lines_other:,}" if traffic and guest.counts_pages else "-",
         )
     return table
 
@@ -371,7 +358,8 @@ def _print_bench(report: BenchReport) -> None:
     xts = report.xts
     out.print(
         f"XTS, {xts.batch_bytes >> 10} KiB of 64-byte units:"
-        f" {xts.engine_bytes_per_s / 1e9:.2f} GB/s; openssl speed, 4096-byte units: {xts.openssl_bytes_per_s / 1e9:.2f} GB/s;"
+        f" {xts.engine_bytes_per_s / 1e9:.2f} GB/s;"
+        f" openssl speed, 4096-byte units: {xts.openssl_bytes_per_s / 1e9:.2f} GB/s;"
         f" ratio {xts.ratio:.3f}",
         soft_wrap=True,
         highlight=False,

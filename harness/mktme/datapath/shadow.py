@@ -23,7 +23,7 @@ from mktme.datapath.pages import PageTracker
 from mktme.datapath.stores import StoreTracker
 from mktme.engine.controller import BATCH_PAGES, MemoryController
 from mktme.engine.dram import Region
-from mktme.engine.xts import LINE_BYTES, PAGE_BYTES
+from mktme.engine.xts import LINE_BYTES, LINES_PER_PAGE, PAGE_BYTES
 
 _WORDS_PER_PAGE: Final = PAGE_BYTES // 8
 _ALL_LINES: Final = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
@@ -57,7 +57,8 @@ class ShadowCounters:
         lines_marked: lines that the store tracker reported, a line counted each time.
         lines_encrypted: lines that went through the engine.
         lines_stored: changed lines that a store had marked.
-        lines_other: changed lines that a page scan found and no store marked (DMA, system).
+        lines_other: changed lines that a page scan found and no store marked (DMA, system);
+            zeros in a page that was never written before are not among them.
         pages_vanished: pages that the guest gave back (ballooning, free-page reporting).
     """
 
@@ -238,18 +239,33 @@ class ShadowDataPath:
         if self._stores is not None:
             # A store between our look at the marks and our read of the RAM is marked by now.
             marks = marks | self._stores.peek(pages)
+        stored = _bits(changed & marks)
+        other = _bits(changed & ~marks & self._meaning(pages, plaintext))
         self._written[pages] = False
         self._marked[pages] = 0
         self._shadowed[pages] = ~self._vanished[pages]
         self._vanished[pages] = False
-        stored = _bits(changed & marks)
-        total = _bits(changed)
         self.counters.lines_stored += stored
-        self.counters.lines_other += total - stored
+        self.counters.lines_other += other
         self.counters.lines_encrypted += (
-            len(pages) * (PAGE_BYTES // LINE_BYTES) if masks is None else _bits(masks)
+            len(pages) * LINES_PER_PAGE if masks is None else _bits(masks)
         )
-        return total
+        return stored + other
+
+    def _meaning(
+        self, pages: npt.NDArray[np.int64], plaintext: npt.NDArray[np.uint64]
+    ) -> npt.NDArray[np.uint64]:
+        """Which lines can tell of a write: not the zeros that a page's first memory starts with.
+
+        The host's kernel put them there; nobody in the guest or its devices wrote them.
+        """
+        masks = np.full(len(pages), _ALL_LINES)
+        fresh = np.flatnonzero(~self._shadowed[pages])
+        if len(fresh):
+            lines = plaintext[fresh].reshape(len(fresh), LINES_PER_PAGE, LINE_BYTES // 8)
+            nonzero = np.packbits(lines.any(axis=2), axis=1, bitorder="little")
+            masks[fresh] = nonzero.view("<u8").reshape(-1)
+        return masks
 
 
 def _bits(masks: npt.NDArray[np.uint64]) -> int:

@@ -95,6 +95,11 @@ class GuestReport:
         """Whether its traffic tells a vCPU's stores from other writes."""
         return self.track is not None and self.track.stores
 
+    @property
+    def counts_pages(self) -> bool:
+        """Whether its traffic holds what only a page scan sees."""
+        return self.track is not None and self.track.pages
+
 
 @dataclass(frozen=True, slots=True)
 class RunReport:

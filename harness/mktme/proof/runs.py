@@ -209,7 +209,7 @@ class _Session:
         canary = Canary.random()
         with ExitStack() as stack:
             stores, clear = self._side_by_side(
-                partial(self._boot, stack, case, name, "control", canary)
+                partial(self._boot, stack, case, name, "control", canary, works=False)
                 for name, case in (("stores-only", stores_only), ("no-encrypt", unencrypted))
             )
             with ExitStack() as holds:
@@ -254,15 +254,21 @@ class _Session:
         name: str,
         role: Literal["guest", "control", "plain"],
         canary: Canary | None = None,
+        *,
+        works: bool = True,
     ) -> Guest:
         with self._narrator.step(f"{name}: booting"):
             vm = stack.enter_context(self._platform.launch(config, name))
             boot_s = time.monotonic() - vm.domain.started
-        with self._narrator.step(f"{name}: working"), vm.domain.explained():
-            before = time.monotonic()
-            checksums = run_workload(vm.domain.console)
-            workload_s = time.monotonic() - before
-            if canary is not None:
+        checksums: dict[str, str] = {}
+        workload_s = 0.0
+        if works:
+            with self._narrator.step(f"{name}: working"), vm.domain.explained():
+                before = time.monotonic()
+                checksums = run_workload(vm.domain.console)
+                workload_s = time.monotonic() - before
+        if canary is not None:
+            with vm.domain.explained():
                 canary.plant(vm.domain.console)
         return Guest(vm, role, boot_s, workload_s, checksums)
 

@@ -18,6 +18,9 @@ from mktme.vm.images import cache_dir
 from mktme.vm.reaper import LIBVIRT_ROOT, process_dir
 
 EMULATOR: Final = Path("/usr/bin/qemu-system-x86_64")
+# sun_path has 107 characters, of which /lib/qemu/domain-1234-NAME/monitor.sock takes 53: libvirt
+# cuts NAME to 20.
+_ROOT_MAX_CHARACTERS: Final = 107 - 53
 QEMU_MIN: Final = (10, 0, 0)
 
 # stdio_handler: no virtlogd here. The others: this driver runs as whoever runs the harness, and
@@ -136,6 +139,10 @@ def dotted(version: tuple[int, ...]) -> str:
 def _embedded_root() -> Path:
     """The embedded driver's root, which it has one of per process."""
     root = process_dir() / LIBVIRT_ROOT
+    if len(str(root)) > _ROOT_MAX_CHARACTERS:
+        raise EnvironmentUnfitError(
+            f"{root} is too long a path for the UNIX sockets below it", hint="export TMPDIR=/tmp"
+        )
     configuration = root / "etc" / "qemu.conf"
     configuration.parent.mkdir(parents=True)
     user = 'user = "root"\ngroup = "root"\n' if os.geteuid() == 0 else ""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -45,6 +46,8 @@ MIN_MEMORY_BYTES: Final = 128 << 20
 REGION_ALIGN_BYTES: Final = 2 << 20
 # libvirt gives x86 guests their memory in steps of 1 MiB (qemuDomainGetMemorySizeAlignment).
 _MEMORY_STEP_BYTES: Final = 1 << 20
+_SIZE: Final = re.compile(r"(\d+)([KMG]?)(?:i?B)?", re.I)
+_UNITS: Final = {"": 0, "K": 10, "M": 20, "G": 30}
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,6 +331,18 @@ class Platform:
         if domain is not None:
             with contextlib.suppress(VmError):  # it ended by itself meanwhile
                 domain.suspend()
+
+
+def parse_size(text: str) -> int:
+    """Bytes, from sizes as people write them: 512M, 4G, 786432K, or plain bytes.
+
+    Raises:
+        UsageError: it is no such size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{text!r} is not a size", hint="write it as 512M or 4G")
+    return int(match[1]) << _UNITS[match[2].upper()]
 
 
 def check_config(config: VmConfig) -> None:

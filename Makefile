@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# Each target first sets up what is missing, from a clean clone on: see tools/setup.
+
+BIN := .venv/bin
+SCRIPTS := tools/setup .ci/run $(addprefix guest-images/tiny/,init canary workload)
+C_SOURCES := $(shell find qemu-plugin tests -name '*.[ch]')
+PIP_COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes \
+	--python-version 3.11 --constraints requirements/constraints.txt \
+	--custom-compile-command 'make lock'
+
+.PHONY: help setup lint check test demo bench lock clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
+
+setup: ## packages, virtual environment, plugin, guest image
+	@tools/setup
+
+lint: setup ## formatters, linters, type checker and compilers' warnings
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(C_SOURCES)
+	$(MAKE) -C qemu-plugin check BUILD=$(CURDIR)/build/check
+	shellcheck --severity=warning $(SCRIPTS)
+
+check: lint ## lint, and the tests that need no VM
+	$(BIN)/pytest tests/unit tests/vectors
+
+test: setup ## every test, live VMs included
+	$(BIN)/pytest tests
+
+demo: setup ## two encrypted guests, and the proofs
+	$(BIN)/mktme demo
+
+bench: setup ## the cost of each configuration
+	$(BIN)/mktme bench
+
+lock: setup ## newest versions of the dependencies into requirements/*.lock
+	$(BIN)/pip install --quiet uv
+	$(PIP_COMPILE) --output-file requirements/build.lock requirements/build.in
+	$(PIP_COMPILE) --output-file requirements/dev.lock --extra dev pyproject.toml
+
+clean: ## remove what was built here; guest images stay in the cache
+	rm -rf build .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""pytest against live VMs: fixtures `mktme_platform` and `mktme_vm`, marker `mktme`.
+
+::
+
+    @pytest.mark.mktme(track="pages", memory="1G")
+    def test_my_guest(mktme_vm):
+        mktme_vm.domain.console.run("uname -r", timeout_s=10)
+        with mktme_vm.held() as engine:
+            assert compare_memory(mktme_vm, engine).passed
+
+Tests of one module that ask for the same guest share it. One that was lost stays lost: later tests
+that ask for it fail at once and say in which test that was. A machine that is not fit skips these
+tests with the reason, or fails them where the environment variable CI is set.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+if TYPE_CHECKING:
+    from mktme.vm.platform import Platform, Vm, VmConfig
+
+MARKER: Final = (
+    "mktme(guest='tiny', datapath='shadow', track='stores+pages', memory='512M', vcpus=1,"
+    " algorithm='aes-xts-128', key_file=None, encrypt=True, check_tlb=False):"
+    " the guest that the fixture mktme_vm boots; track=None for plain QEMU"
+)
+DRAM_BYTES: Final = 4 << 30
+
+
+@dataclass(slots=True)
+class _Guests:
+    """The guests of one module."""
+
+    platform: Platform
+    stack: ExitStack
+    running: dict[VmConfig, Vm] = field(default_factory=dict)
+    lost: dict[VmConfig, str] = field(default_factory=dict)
+
+
+_config_key: Final = pytest.StashKey["tuple[_Guests, VmConfig]"]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the marker known."""
+    config.addinivalue_line("markers", MARKER)
+
+
+@pytest.fixture(scope="module")
+def mktme_platform() -> Iterator[Platform]:
+    """A `mktme.vm.platform.Platform` for the tests of one module."""
+    # Imported here: a project that has this plugin installed but no live test pays nothing.
+    from mktme.vm.platform import Platform
+
+    with ExitStack() as stack:
+        with _fitness():
+            platform = stack.enter_context(Platform(DRAM_BYTES))
+        yield platform
+
+
+@pytest.fixture(scope="module")
+def _mktme_guests(mktme_platform: Platform) -> Iterator[_Guests]:
+    with ExitStack() as stack:
+        yield _Guests(mktme_platform, stack)
+
+
+@pytest.fixture
+def mktme_vm(request: pytest.FixtureRequest, _mktme_guests: _Guests) -> Vm:
+    """The running `mktme.vm.platform.Vm` that the marker `mktme` describes."""
+    marker = request.node.get_closest_marker("mktme")
+    with _fitness():
+        config = vm_config(**(marker.kwargs if marker is not None else {}))
+    guests = _mktme_guests
+    if config in guests.lost:
+        pytest.fail(f"this VM was lost before: {guests.lost[config]}", pytrace=False)
+    request.node.stash[_config_key] = (guests, config)
+    if config not in guests.running:
+        with _fitness():
+            vm = guests.stack.enter_context(guests.platform.launch(config))
+        guests.running[config] = vm
+    return guests.running[config]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Remember which test lost its VM."""
+    report = yield
+    if call.excinfo is not None and _config_key in item.stash:
+        from mktme.service.client import ServiceError
+        from mktme.vm.console import VmLostError
+
+        if isinstance(call.excinfo.value, VmLostError | ServiceError):
+            guests, config = item.stash[_config_key]
+            guests.lost.setdefault(config, f"in {item.nodeid}: {call.excinfo.value}")
+    return report
+
+
+def vm_config(
+    *,
+    guest: str = "tiny",
+    datapath: str = "shadow",
+    track: str | None = "stores+pages",
+    memory: str = "512M",
+    vcpus: int = 1,
+    algorithm: str = "aes-xts-128",
+    key_file: Path | None = None,
+    encrypt: bool = True,
+    check_tlb: bool = False,
+) -> VmConfig:
+    """A guest's configuration from the marker's words, which are the command line's.
+
+    Raises:
+        UsageError: a word that the command line would not take either.
+    """
+    from mktme.datapath.shadow import Track
+    from mktme.engine.keys import KeyMode
+    from mktme.engine.xts import Algorithm
+    from mktme.vm import images
+    from mktme.vm.host import UsageError
+    from mktme.vm.platform import VmConfig, check_config, parse_size
+
+    if datapath != "shadow":
+        raise UsageError(f"no data path {datapath!r}", hint="shadow")
+    mode = KeyMode.DIRECT if key_file is not None else KeyMode.RANDOM
+    try:
+        config = VmConfig(
+            images.ensure(guest),
+            memory_bytes=parse_size(memory),
+            vcpus=vcpus,
+            track=None if track is None else Track(track),
+            algorithm=Algorithm(algorithm),
+            mode=mode if encrypt else KeyMode.NO_ENCRYPT,
+            key_file=key_file,
+            check_tlb=check_tlb,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    check_config(config)
+    return config
+
+
+@contextmanager
+def _fitness() -> Iterator[None]:
+    """Skip what this machine cannot run, and say why; in CI, where it must run, fail."""
+    from mktme.datapath.uffd import WriteTrackingError
+    from mktme.vm.host import EnvironmentUnfitError
+    from mktme.vm.images import ImageError
+
+    try:
+        yield
+    except (EnvironmentUnfitError, WriteTrackingError, ImageError) as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"this machine is not fit: {error} ({error.hint})")

@@ -1,0 +1,435 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Guest images: built from Debian's own packages, kept in a cache, shown to be unmodified.
+
+A recipe (``guest-images/NAME/recipe.toml``) names the packages, the kernel command line and a few
+files of ours. What is booted is the package's kernel, byte for byte, and an initramfs of the
+package's busybox and our files. Packages come through the machine's own apt sources, and their
+SHA-256 is the one in the index that apt has authenticated.
+
+::
+
+    MktmeError
+    ├── UnknownGuestError       no recipe of that name
+    └── ImageError              an image cannot be built, or is not what its packages hold
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tarfile
+import tempfile
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from mktme.engine.errors import MktmeError
+
+__all__ = [
+    "GuestImage",
+    "ImageError",
+    "Manifest",
+    "Package",
+    "UnknownGuestError",
+    "cache_dir",
+    "ensure",
+    "known_guests",
+    "verify",
+]
+
+RECIPES_DIR = Path(__file__).parents[3] / "guest-images"
+
+_FORMAT = 1
+"""Part of every image's key: raise it when this module builds something else from a recipe."""
+
+_KERNEL_MEMBER = r"\./boot/vmlinuz-[^/]+"
+_BUSYBOX_MEMBER = r"\./(usr/)?bin/busybox"
+
+_APT_HINT = "refresh apt's index with `sudo apt-get update`; check its sources and the network"
+
+Progress = Callable[[str], None]
+
+
+class UnknownGuestError(MktmeError):
+    """There is no recipe for a guest of this name."""
+
+    def __init__(self, guest: str, known: tuple[str, ...]) -> None:
+        super().__init__(f"unknown guest {guest!r}", hint=f"known guests: {', '.join(known)}")
+        self.guest = guest
+        self.known = known
+
+
+class ImageError(MktmeError):
+    """An image cannot be built, or is not what its packages hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A Debian package, and the one file of it that is booted."""
+
+    name: str
+    version: str
+    sha256: str
+    """Of the .deb, as apt's authenticated index had it when the image was built."""
+    member: str
+    """Path of the file in the package."""
+    member_sha256: str
+
+    @property
+    def deb(self) -> str:
+        """File name of the .deb in the image's directory."""
+        return f"{self.name}.deb"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What an image was built from; ``manifest.json`` beside it."""
+
+    guest: str
+    release: str
+    cmdline: str
+    kernel: Package
+    busybox: Package
+
+
+@dataclass(frozen=True, slots=True)
+class GuestImage:
+    """A guest that is ready to boot."""
+
+    name: str
+    kernel: Path
+    initrd: Path
+    cmdline: str
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    kernel: str
+    busybox: str
+    cmdline: str
+    files: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _IndexEntry:
+    """One version of a package in apt's index."""
+
+    name: str
+    version: str
+    sha256: str
+    depends: str
+
+
+def cache_dir() -> Path:
+    """Where images are kept, by the XDG base directory specification."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "mktme" / "images"
+
+
+def known_guests(recipes: Path = RECIPES_DIR) -> tuple[str, ...]:
+    """The names of the guests that there are recipes for, sorted."""
+    return tuple(sorted(recipe.parent.name for recipe in recipes.glob("*/recipe.toml")))
+
+
+def ensure(
+    name: str,
+    progress: Progress | None = None,
+    *,
+    recipes: Path = RECIPES_DIR,
+    cache: Path | None = None,
+) -> GuestImage:
+    """Return guest `name`, building its image if the cache has none for its recipe.
+
+    An image is keyed by its recipe and the Debian release, not by package versions: once built it
+    is found without apt or network, and its manifest says which versions it holds.
+
+    Args:
+        name: the recipe's name.
+        progress: called with one line for each step of a build, not at all for a cached image.
+        recipes: directory of recipes.
+        cache: directory of images; default is `cache_dir()`.
+
+    Raises:
+        UnknownGuestError: there is no such recipe.
+        ImageError: a package cannot be had or is not as expected, or the cache cannot be written.
+    """
+    if name not in known_guests(recipes):
+        raise UnknownGuestError(name, known_guests(recipes))
+    recipe_dir = recipes / name
+    recipe = _read_recipe(recipe_dir)
+    cache = cache or cache_dir()
+    image_dir = cache / f"{name}-{_key(recipe_dir, recipe)}"
+    try:
+        if not image_dir.exists():
+            with _build_dir(cache) as build_dir:
+                # Another process may have built it while this one waited for the lock.
+                if not image_dir.exists():
+                    _build(name, recipe_dir, recipe, build_dir, progress or (lambda line: None))
+                    build_dir.rename(image_dir)
+        return _load(name, image_dir)
+    except OSError as error:
+        raise ImageError(
+            f"cannot keep guest image {name} in {cache}: {error.strerror}",
+            hint="make room there, or set XDG_CACHE_HOME to another directory",
+        ) from error
+
+
+def verify(image: GuestImage, *, recipes: Path = RECIPES_DIR) -> Manifest:
+    """Show that what is booted is what Debian's packages hold.
+
+    The .deb files must have the SHA-256 that apt's index gave, the kernel must be the package's
+    byte for byte, and the initramfs must be exactly the package's busybox and the recipe's files.
+
+    Returns:
+        The manifest; each SHA-256 in it has been computed anew.
+
+    Raises:
+        ImageError: something differs; the message says what.
+    """
+    image_dir = image.kernel.parent
+    recipe_dir = recipes / image.name
+    try:
+        kernel, busybox = (
+            _packaged_file(image_dir, package)
+            for package in (image.manifest.kernel, image.manifest.busybox)
+        )
+        initramfs = _initramfs(busybox, recipe_dir, _read_recipe(recipe_dir))
+        _require_sha256(image.kernel, image.kernel.read_bytes(), _sha256(kernel))
+        _require_sha256(image.initrd, image.initrd.read_bytes(), _sha256(initramfs))
+    except OSError as error:
+        raise _damaged(image_dir, str(error)) from error
+    return image.manifest
+
+
+def _read_recipe(recipe_dir: Path) -> _Recipe:
+    path = recipe_dir / "recipe.toml"
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text()), _Recipe)
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        raise ImageError(f"{path}: {error}") from error
+
+
+def _key(recipe_dir: Path, recipe: _Recipe) -> str:
+    """Name of what would be built here: the same key, the same recipe on the same release."""
+    digest = hashlib.sha256(f"{_FORMAT} {_release()}".encode())
+    for file in ("recipe.toml", *sorted(recipe.files.values())):
+        digest.update(hashlib.sha256((recipe_dir / file).read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def _release() -> str:
+    release = platform.freedesktop_os_release()
+    return f"{release['ID']} {release.get('VERSION_CODENAME', '')}".strip()
+
+
+@contextmanager
+def _build_dir(cache: Path) -> Iterator[Path]:
+    """A directory to build in, on the cache's file system, while no other process builds.
+
+    The lock goes with the process, so any other build directory is what a killed one left.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for leftover in cache.glob(".build-*"):
+            shutil.rmtree(leftover)
+        build_dir = Path(tempfile.mkdtemp(prefix=".build-", dir=cache))
+        # QEMU may run as another user than the one who builds.
+        build_dir.chmod(0o755)
+        try:
+            yield build_dir
+        finally:
+            shutil.rmtree(build_dir, ignore_errors=True)
+
+
+def _build(
+    name: str, recipe_dir: Path, recipe: _Recipe, build_dir: Path, progress: Progress
+) -> None:
+    meta = _resolve(recipe.kernel)
+    depends = re.search(r"(linux-image-\S+) \(= (\S+)\)", meta.depends)
+    if depends is None:
+        raise ImageError(f"{meta.name} {meta.version} depends on no kernel: {meta.depends!r}")
+    kernel_entry = _resolve(depends[1], version=depends[2])
+    kernel, vmlinuz = _fetch(kernel_entry, _KERNEL_MEMBER, build_dir, progress)
+    busybox, busybox_data = _fetch(_resolve(recipe.busybox), _BUSYBOX_MEMBER, build_dir, progress)
+    manifest = Manifest(name, _release(), recipe.cmdline, kernel, busybox)
+    (build_dir / "vmlinuz").write_bytes(vmlinuz)
+    (build_dir / "initrd").write_bytes(_initramfs(busybox_data, recipe_dir, recipe))
+    encoded = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+    (build_dir / "manifest.json").write_bytes(encoded + b"\n")
+
+
+def _load(name: str, image_dir: Path) -> GuestImage:
+    try:
+        manifest = msgspec.json.decode((image_dir / "manifest.json").read_bytes(), type=Manifest)
+    except (OSError, msgspec.DecodeError) as error:
+        raise _damaged(image_dir, f"manifest.json: {error}") from error
+    return GuestImage(name, image_dir / "vmlinuz", image_dir / "initrd", manifest.cmdline, manifest)
+
+
+def _resolve(name: str, *, version: str | None = None) -> _IndexEntry:
+    """Find a package in apt's index: the given version, or the release's newest.
+
+    Backports are passed over: on Debian 12 the guest runs the kernel that Debian 12 shipped.
+    """
+    fields_of = [
+        dict(re.findall(r"^([A-Za-z0-9-]+): (.*)$", paragraph, re.MULTILINE))
+        for paragraph in _run("apt-cache", "show", name).split("\n\n")
+    ]
+    entries = [
+        _IndexEntry(name, fields["Version"], fields["SHA256"], fields.get("Depends", ""))
+        for fields in fields_of
+        # What is only installed, and in no index, has no hash.
+        if "SHA256" in fields and "~bpo" not in fields["Version"]
+    ]
+    if version is not None:
+        entries = [entry for entry in entries if entry.version == version]
+    if not entries:
+        wanted = name if version is None else f"{name} {version}"
+        raise ImageError(f"apt's sources have no {wanted}", hint=_APT_HINT)
+    return max(entries, key=functools.cmp_to_key(_compare_versions))
+
+
+def _compare_versions(a: _IndexEntry, b: _IndexEntry) -> int:
+    if a.version == b.version:
+        return 0
+    newer = subprocess.run(["dpkg", "--compare-versions", a.version, "gt", b.version], check=False)
+    return 1 if newer.returncode == 0 else -1
+
+
+def _fetch(
+    entry: _IndexEntry, member: str, build_dir: Path, progress: Progress
+) -> tuple[Package, bytes]:
+    """Download a package and read the file out of it whose path matches `member`."""
+    progress(f"fetch {entry.name} {entry.version}")
+    # apt would warn that its own user cannot write here; it has authenticated the index anyway.
+    no_sandbox = ("-o", "APT::Sandbox::User=root")
+    wanted = f"{entry.name}={entry.version}"
+    _run("apt-get", *no_sandbox, "--quiet", "download", wanted, cwd=build_dir)
+    (downloaded,) = build_dir.glob(f"{entry.name}_*.deb")
+    deb = downloaded.rename(build_dir / f"{entry.name}.deb")
+    if _sha256(deb.read_bytes()) != entry.sha256:
+        raise ImageError(f"{wanted} is not the package in apt's index", hint=_APT_HINT)
+    path, data = _member(deb, member)
+    return Package(entry.name, entry.version, entry.sha256, path, _sha256(data)), data
+
+
+def _packaged_file(image_dir: Path, package: Package) -> bytes:
+    """Read the file that is booted out of its .deb, checking both against the manifest."""
+    deb = image_dir / package.deb
+    _require_sha256(deb, deb.read_bytes(), package.sha256)
+    _, data = _member(deb, re.escape(package.member))
+    if _sha256(data) != package.member_sha256:
+        raise _damaged(image_dir, f"manifest.json is wrong about {package.member} in {deb.name}")
+    return data
+
+
+def _member(deb: Path, pattern: str) -> tuple[str, bytes]:
+    """Return path and content of the first regular file in a package that matches `pattern`."""
+    command = ["dpkg-deb", "--fsys-tarfile", str(deb)]
+    # Closing the pipe early ends dpkg-deb: a kernel comes long before its 4000 modules.
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as unpack,
+        tarfile.open(fileobj=unpack.stdout, mode="r|") as tar,
+    ):
+        for info in tar:
+            if info.isreg() and re.fullmatch(pattern, info.name):
+                content = tar.extractfile(info)
+                assert content is not None
+                return info.name, content.read()
+    raise ImageError(f"{deb.name} has no file {pattern}")
+
+
+def _initramfs(busybox: bytes, recipe_dir: Path, recipe: _Recipe) -> bytes:
+    """Build the initramfs: busybox, its shell's name, and the recipe's files."""
+    files = {"bin/busybox": busybox}
+    files |= {path: (recipe_dir / file).read_bytes() for path, file in recipe.files.items()}
+    directories = {str(parent) for path in files for parent in Path(path).parents} - {"."}
+    entries = [_cpio_entry(path, stat.S_IFDIR | 0o755) for path in sorted(directories)]
+    entries.append(_cpio_entry("bin/sh", stat.S_IFLNK | 0o777, b"busybox"))
+    entries += [_cpio_entry(path, stat.S_IFREG | 0o755, files[path]) for path in sorted(files)]
+    return b"".join((*entries, _cpio_entry("TRAILER!!!", 0)))
+
+
+def _cpio_entry(path: str, mode: int, data: bytes = b"") -> bytes:
+    """Return one member of a newc archive, the same bytes for the same input.
+
+    Uncompressed, as the kernel takes it: two megabytes are not worth unpacking under TCG. Source:
+    Documentation/driver-api/early-userspace/buffer-format.rst in Linux.
+    """
+    name = path.encode() + b"\0"
+    # ino, mode, uid, gid, nlink, mtime, filesize, major, minor, rmajor, rminor, namesize, chksum
+    fields = (0, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name), 0)
+    header = b"070701" + "".join(f"{field:08x}" for field in fields).encode()
+    return _padded(header + name) + _padded(data)
+
+
+def _padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 4)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _require_sha256(path: Path, data: bytes, expected: str) -> None:
+    if (actual := _sha256(data)) != expected:
+        raise _damaged(path.parent, f"{path.name} has SHA-256 {actual}, not {expected}")
+
+
+def _damaged(image_dir: Path, problem: str) -> ImageError:
+    return ImageError(
+        f"guest image {image_dir.name}: {problem}",
+        hint=f"remove {image_dir} and run again to rebuild it",
+    )
+
+
+def _run(*command: str, cwd: Path | None = None) -> str:
+    """Run one of Debian's tools and return what it printed."""
+    try:
+        return subprocess.run(
+            command,
+            cwd=cwd,
+            check=True,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"LC_ALL": "C.UTF-8"},
+        ).stdout
+    except FileNotFoundError as error:
+        raise ImageError(
+            f"{command[0]} is missing",
+            hint="guest images are built from Debian packages: use Debian 12 or 13",
+        ) from error
+    except subprocess.CalledProcessError as error:
+        complaint = (error.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ImageError(f"{' '.join(command)}: {complaint}", hint=_APT_HINT) from error
+
+
+def main() -> int:
+    """Build the images named on the command line: what set-up calls."""
+    try:
+        for name in sys.argv[1:]:
+            manifest = verify(ensure(name, progress=print))
+            print(f"{name}: {manifest.kernel.name} {manifest.kernel.version}")
+    except MktmeError as error:
+        print(f"{error}\nhint: {error.hint}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Guest images, built from small packages that a fake apt serves."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from mktme.vm import images
+from mktme.vm.images import ImageError, UnknownGuestError, cache_dir, ensure, known_guests, verify
+
+KERNEL = bytes(range(256)) * 16
+BUSYBOX = b"\x7fELF busybox"
+RECIPE = """
+kernel = "linux-image-amd64"
+busybox = "busybox-static"
+cmdline = "console=ttyS0"
+[files]
+"init" = "init"
+"bin/canary" = "canary"
+"""
+
+FAKE_APT_CACHE = """#!/bin/sh
+echo "$@" >>{root}/calls
+cat {root}/index/"$2"
+"""
+FAKE_APT_GET = """#!/bin/sh
+echo "$@" >>{root}/calls
+for wanted; do :; done
+cp {root}/pool/"$wanted" "${{wanted%%=*}}_1%3a${{wanted#*=}}_amd64.deb"
+"""
+
+
+@dataclass
+class FakeApt:
+    """An archive of packages, with the two apt commands that find and fetch them."""
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        for name in ("bin", "index", "pool"):
+            (self.root / name).mkdir(parents=True)
+        for tool, script in (("apt-cache", FAKE_APT_CACHE), ("apt-get", FAKE_APT_GET)):
+            path = self.root / "bin" / tool
+            path.write_text(script.format(root=self.root))
+            path.chmod(0o755)
+
+    def add(self, name: str, version: str, files: dict[str, bytes], depends: str = "") -> None:
+        tree = self.root / "tree"
+        for path, data in files.items():
+            (tree / path).parent.mkdir(parents=True, exist_ok=True)
+            (tree / path).write_bytes(data)
+        (tree / "DEBIAN").mkdir(parents=True)
+        control = f"Package: {name}\nVersion: {version}\nArchitecture: amd64\n"
+        control += "Maintainer: Test <test@example.org>\nDescription: test\n"
+        (tree / "DEBIAN/control").write_text(control)
+        deb = self.root / "pool" / f"{name}={version}"
+        command = ["dpkg-deb", "--root-owner-group", "-Zgzip", "--build", str(tree), str(deb)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        shutil.rmtree(tree)
+        with (self.root / "index" / name).open("a") as index:
+            index.write(f"Package: {name}\nVersion: {version}\nDepends: {depends}\n")
+            index.write(f"SHA256: {sha256(deb.read_bytes()).hexdigest()}\n\n")
+
+    def calls(self) -> list[str]:
+        log = self.root / "calls"
+        return log.read_text().splitlines() if log.exists() else []
+
+
+@pytest.fixture
+def apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeApt:
+    apt = FakeApt(tmp_path / "apt")
+    monkeypatch.setenv("PATH", f"{apt.root}/bin:{os.environ['PATH']}")
+    for abi, version in (("9", "6.1.9-1"), ("10", "6.1.10-1"), ("12", "6.12-1~bpo12+1")):
+        kernel = f"linux-image-6.1.0-{abi}-amd64"
+        apt.add(kernel, version, {f"boot/vmlinuz-6.1.0-{abi}-amd64": KERNEL + abi.encode()})
+        apt.add("linux-image-amd64", version, {}, depends=f"{kernel} (= {version})")
+    apt.add("busybox-static", "1.35-4", {"bin/busybox": BUSYBOX})
+    return apt
+
+
+@pytest.fixture
+def recipes(tmp_path: Path) -> Path:
+    recipe = tmp_path / "recipes" / "small"
+    recipe.mkdir(parents=True)
+    (recipe / "recipe.toml").write_text(RECIPE)
+    (recipe / "init").write_text("#!/bin/sh\n")
+    (recipe / "canary").write_text("#!/bin/sh\necho canary\n")
+    return recipe.parent
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def read_newc(archive: bytes) -> dict[str, tuple[int, bytes]]:
+    """Parse a newc cpio archive into path -> (mode, content)."""
+    members: dict[str, tuple[int, bytes]] = {}
+    position = 0
+    while True:
+        header = archive[position : position + 110]
+        assert header[:6] == b"070701"
+        fields = [int(header[6 + 8 * i : 14 + 8 * i], 16) for i in range(13)]
+        mode, size, name_size = fields[1], fields[6], fields[11]
+        name = archive[position + 110 : position + 109 + name_size].decode()
+        start = (position + 110 + name_size + 3) & ~3
+        if name == "TRAILER!!!":
+            return members
+        members[name] = (mode, archive[start : start + size])
+        position = (start + size + 3) & ~3
+
+
+def test_boots_the_files_of_the_releases_newest_kernel(
+    apt: FakeApt, recipes: Path, cache: Path
+) -> None:
+    image = ensure("small", recipes=recipes, cache=cache)
+
+    # Not 6.1.9, which sorts higher as text, and not 6.12 from backports.
+    assert image.manifest.kernel.version == "6.1.10-1"
+    assert image.kernel.read_bytes() == KERNEL + b"10"
+    assert image.cmdline == "console=ttyS0"
+    members = read_newc(image.initrd.read_bytes())
+    assert members == {
+        "bin": (stat.S_IFDIR | 0o755, b""),
+        "bin/sh": (stat.S_IFLNK | 0o777, b"busybox"),
+        "bin/busybox": (stat.S_IFREG | 0o755, BUSYBOX),
+        "bin/canary": (stat.S_IFREG | 0o755, b"#!/bin/sh\necho canary\n"),
+        "init": (stat.S_IFREG | 0o755, b"#!/bin/sh\n"),
+    }
+    assert list(members) == ["bin", "bin/sh", "bin/busybox", "bin/canary", "init"]
+
+
+def test_cached_image_needs_no_apt(apt: FakeApt, recipes: Path, cache: Path) -> None:
+    steps: list[str] = []
+    built = ensure("small", steps.append, recipes=recipes, cache=cache)
+    assert len(steps) == 2
+    calls = apt.calls()
+
+    assert ensure("small", steps.append, recipes=recipes, cache=cache) == built
+    assert len(steps) == 2
+    assert apt.calls() == calls != []
+
+
+@pytest.mark.parametrize("file", ["recipe.toml", "init", "canary"])
+def test_another_recipe_is_another_image(
+    apt: FakeApt, recipes: Path, cache: Path, file: str
+) -> None:
+    before = ensure("small", recipes=recipes, cache=cache)
+    with (recipes / "small" / file).open("a") as edited:
+        edited.write("# edited\n")
+    assert ensure("small", recipes=recipes, cache=cache).kernel.parent != before.kernel.parent
+
+
+def test_initramfs_is_reproducible(
+    apt: FakeApt, recipes: Path, cache: Path, tmp_path: Path
+) -> None:
+    one = ensure("small", recipes=recipes, cache=cache)
+    other = ensure("small", recipes=recipes, cache=tmp_path / "other")
+    assert one.initrd.read_bytes() == other.initrd.read_bytes()
+
+
+def test_verify_returns_the_hashes_of_what_is_booted(
+    apt: FakeApt, recipes: Path, cache: Path
+) -> None:
+    image = ensure("small", recipes=recipes, cache=cache)
+    manifest = verify(image, recipes=recipes)
+    assert manifest.kernel.member_sha256 == sha256(image.kernel.read_bytes()).hexdigest()
+    assert manifest.busybox.member_sha256 == sha256(BUSYBOX).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "file", ["vmlinuz", "initrd", "linux-image-6.1.0-10-amd64.deb", "busybox-static.deb"]
+)
+def test_verify_finds_a_flipped_bit(apt: FakeApt, recipes: Path, cache: Path, file: str) -> None:
+    image = ensure("small", recipes=recipes, cache=cache)
+    path = image.kernel.parent / file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match=file):
+        verify(image, recipes=recipes)
+
+
+def test_verify_finds_a_manifest_that_names_another_kernel(
+    apt: FakeApt, recipes: Path, cache: Path
+) -> None:
+    image = ensure("small", recipes=recipes, cache=cache)
+    path = image.kernel.parent / "manifest.json"
+    genuine = image.manifest.kernel.member_sha256
+    path.write_text(path.read_text().replace(genuine, sha256(b"").hexdigest()))
+    with pytest.raises(ImageError, match=r"manifest\.json is wrong"):
+        verify(ensure("small", recipes=recipes, cache=cache), recipes=recipes)
+
+
+def test_verify_finds_a_missing_package(apt: FakeApt, recipes: Path, cache: Path) -> None:
+    image = ensure("small", recipes=recipes, cache=cache)
+    (image.kernel.parent / "busybox-static.deb").unlink()
+    with pytest.raises(ImageError, match=r"busybox-static\.deb") as caught:
+        verify(image, recipes=recipes)
+    assert caught.value.hint is not None
+    assert str(image.kernel.parent) in caught.value.hint
+
+
+def test_damaged_manifest_is_a_clear_error(apt: FakeApt, recipes: Path, cache: Path) -> None:
+    image = ensure("small", recipes=recipes, cache=cache)
+    (image.kernel.parent / "manifest.json").write_text("{}")
+    with pytest.raises(ImageError, match=r"manifest\.json"):
+        ensure("small", recipes=recipes, cache=cache)
+
+
+def test_package_unlike_the_index_is_refused(apt: FakeApt, recipes: Path, cache: Path) -> None:
+    with (apt.root / "pool" / "busybox-static=1.35-4").open("ab") as deb:
+        deb.write(b"\0")
+    with pytest.raises(ImageError, match="not the package in apt's index"):
+        ensure("small", recipes=recipes, cache=cache)
+    assert [path.name for path in cache.iterdir()] == [".lock"]
+
+
+def test_package_that_no_source_has(apt: FakeApt, recipes: Path, cache: Path) -> None:
+    (apt.root / "index" / "busybox-static").write_text("")
+    with pytest.raises(ImageError, match="busybox-static") as caught:
+        ensure("small", recipes=recipes, cache=cache)
+    assert caught.value.hint is not None
+    assert "apt-get update" in caught.value.hint
+
+
+def test_apts_complaint_is_passed_on(apt: FakeApt, recipes: Path, cache: Path) -> None:
+    (apt.root / "pool" / "busybox-static=1.35-4").unlink()
+    with pytest.raises(ImageError, match="No such file"):
+        ensure("small", recipes=recipes, cache=cache)
+
+
+def test_other_distribution_is_told_so(
+    recipes: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(ImageError, match="apt-cache is missing") as caught:
+        ensure("small", recipes=recipes, cache=cache)
+    assert caught.value.hint is not None
+    assert "Debian" in caught.value.hint
+
+
+def test_what_a_killed_build_left_is_removed(apt: FakeApt, recipes: Path, cache: Path) -> None:
+    leftover = cache / ".build-killed"
+    leftover.mkdir(parents=True)
+    (leftover / "vmlinuz").write_bytes(KERNEL)
+    image = ensure("small", recipes=recipes, cache=cache)
+    assert {path.name for path in cache.iterdir()} == {".lock", image.kernel.parent.name}
+
+
+def test_builders_at_the_same_time_build_once(apt: FakeApt, recipes: Path, cache: Path) -> None:
+    with ThreadPoolExecutor() as pool:
+        builds = [pool.submit(ensure, "small", recipes=recipes, cache=cache) for _ in range(4)]
+    assert len({build.result() for build in builds}) == 1
+    assert sum("download" in call for call in apt.calls()) == 2
+
+
+def test_cache_that_cannot_be_written(apt: FakeApt, recipes: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ImageError, match="File exists"):
+        ensure("small", recipes=recipes, cache=tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["", "big", "../small", "small/"])
+def test_unknown_guest_names_the_known_ones(recipes: Path, cache: Path, name: str) -> None:
+    with pytest.raises(UnknownGuestError) as caught:
+        ensure(name, recipes=recipes, cache=cache)
+    assert caught.value.known == ("small",)
+    assert caught.value.hint == "known guests: small"
+
+
+def test_recipe_with_an_error_is_named(apt: FakeApt, recipes: Path, cache: Path) -> None:
+    (recipes / "small" / "recipe.toml").write_text('kernel = "linux-image-amd64"')
+    with pytest.raises(ImageError, match=r"recipe\.toml.*busybox"):
+        ensure("small", recipes=recipes, cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("xdg", "expected"),
+    [
+        ("/var/tmp/x", "/var/tmp/x/mktme/images"),
+        ("", "/home/a/.cache/mktme/images"),
+        # "All paths set in these environment variables must be absolute", says the specification.
+        ("relative", "/home/a/.cache/mktme/images"),
+    ],
+)
+def test_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch, xdg: str, expected: str) -> None:
+    monkeypatch.setenv("HOME", "/home/a")
+    monkeypatch.setenv("XDG_CACHE_HOME", xdg)
+    assert cache_dir() == Path(expected)
+
+
+def test_every_recipe_is_complete() -> None:
+    guests = known_guests()
+    assert "tiny" in guests
+    for guest in guests:
+        directory = images.RECIPES_DIR / guest
+        recipe = images._read_recipe(directory)
+        for script in recipe.files.values():
+            subprocess.run(["sh", "-n", str(directory / script)], check=True)
+
+
+def run_guest_script(name: str, directory: Path, *args: str, **replace: str) -> list[str]:
+    """Run one of tiny's scripts here, with this machine's own tools in place of busybox."""
+    script = (images.RECIPES_DIR / "tiny" / name).read_text()
+    assert "/tmp" in script or "/run" in script
+    script = script.replace("/tmp", str(directory)).replace("/run", str(directory))
+    for old, new in replace.items():
+        assert old in script
+        script = script.replace(old, new)
+    ran = subprocess.run(
+        ["sh", "-c", script, name, *args], check=False, stdout=subprocess.PIPE, text=True
+    )
+    assert (ran.returncode == 0) == ("FAILED" not in ran.stdout)
+    return ran.stdout.splitlines()
+
+
+def test_workload_expects_what_other_tools_compute(tmp_path: Path) -> None:
+    *sums, done = run_guest_script("workload", tmp_path, "2")
+    assert done == "@mktme workload done"
+    parts = [line.split()[2] for line in sums]
+    assert parts == ["stream", "copy", "compress", "sorted", "processes"] * 2
+
+
+def test_workload_finds_an_error(tmp_path: Path) -> None:
+    lines = run_guest_script("workload", tmp_path, cmp="printf x | dd conv=notrunc of=copy; cmp")
+    assert lines[-1] == "@mktme workload FAILED copy"
+
+
+def test_canary_fills_a_page(tmp_path: Path) -> None:
+    # Bytes that a shell could mistake for something else: NUL, newline, percent, backslash.
+    value = b"\0\n%\\" + bytes(range(196, 256))
+    (line,) = run_guest_script("canary", tmp_path, value.hex())
+    page = (tmp_path / "canary").read_bytes()
+    assert page == value * 64
+    assert line == f"@mktme canary sha256 {sha256(page).hexdigest()}"
+
+
+@pytest.mark.parametrize("value", ["", "00" * 63, "00" * 65, "0" * 127 + "g"])
+def test_canary_refuses_what_is_no_line(tmp_path: Path, value: str) -> None:
+    (line,) = run_guest_script("canary", tmp_path, value)
+    assert line == "@mktme canary FAILED: want 128 hexadecimal digits"
