@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,7 @@ from mktme.proof import runs
 from mktme.proof.bench import BenchReport, bench
 from mktme.proof.isolation import IsolationMatrix
 from mktme.proof.report import Check, GuestReport, RunReport, write_json
+from mktme.proof.runs import Narrator
 from mktme.proof.transparency import Progress as StepProgress
 from mktme.service.client import EngineRefusedError
 from mktme.vm import doctor, images
@@ -234,8 +236,8 @@ def _check_json(path: Path | None) -> None:
         raise UsageError(f"--json {path}: no file can be written there")
 
 
-class _Narrator:
-    """Steps as lines with a bar or a spinner and their time."""
+class _Bars:
+    """For a terminal: steps as lines with a bar or a spinner, and their time."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -254,8 +256,29 @@ class _Narrator:
         self._progress.console.print(f"note: {line}", style="yellow", markup=False)
 
 
+class _Lines:
+    """For a log: a line when a step begins, one when it is done."""
+
+    @contextmanager
+    def step(self, what: str) -> Iterator[StepProgress]:
+        started = time.monotonic()
+        self._print(f"{what} ...")
+        yield lambda _done, _all: None
+        self._print(f"{what}: {time.monotonic() - started:.1f} s")
+
+    def notice(self, line: str) -> None:
+        self._print(f"note: {line}")
+
+    @staticmethod
+    def _print(line: str) -> None:
+        err.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
-def _narrate() -> Iterator[_Narrator]:
+def _narrate() -> Iterator[Narrator]:
+    if not err.is_terminal:
+        yield _Lines()
+        return
     columns = (
         SpinnerColumn(finished_text="[green]✓[/]"),
         TextColumn("{task.description}", markup=False),
@@ -263,7 +286,7 @@ def _narrate() -> Iterator[_Narrator]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=err) as progress:
-        yield _Narrator(progress)
+        yield _Bars(progress)
 
 
 def _finish(report: RunReport, json: Path | None) -> None:

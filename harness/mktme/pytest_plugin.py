@@ -9,8 +9,9 @@
         with mktme_vm.held() as engine:
             assert compare_memory(mktme_vm, engine).passed
 
-Tests of one module that ask for the same guest share it. One that was lost stays lost: later tests
-that ask for it fail at once and say in which test that was. A machine that is not fit skips these
+Tests of one module that follow each other and ask for the same guest share it; the next other one
+ends it. A guest that was lost stays lost: later tests that ask for it fail at once and say in
+which test that was. A machine that is not fit skips these
 tests with the reason, or fails them where the environment variable CI is set.
 """
 
@@ -38,11 +39,11 @@ DRAM_BYTES: Final = 4 << 30
 
 @dataclass(slots=True)
 class _Guests:
-    """The guests of one module."""
+    """The guests of one module, of which one runs at a time."""
 
     platform: Platform
     stack: ExitStack
-    running: dict[VmConfig, Vm] = field(default_factory=dict)
+    running: tuple[VmConfig, Vm] | None = None
     lost: dict[VmConfig, str] = field(default_factory=dict)
 
 
@@ -82,11 +83,13 @@ def mktme_vm(request: pytest.FixtureRequest, _mktme_guests: _Guests) -> Vm:
     if config in guests.lost:
         pytest.fail(f"this VM was lost before: {guests.lost[config]}", pytrace=False)
     request.node.stash[_config_key] = (guests, config)
-    if config not in guests.running:
+    if guests.running is None or guests.running[0] != config:
+        guests.running = None
+        guests.stack.close()
         with _fitness():
             vm = guests.stack.enter_context(guests.platform.launch(config))
-        guests.running[config] = vm
-    return guests.running[config]
+        guests.running = (config, vm)
+    return guests.running[1]
 
 
 @pytest.hookimpl(wrapper=True)

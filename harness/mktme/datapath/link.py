@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import stat
 import struct
 import uuid
 from collections.abc import Sequence
@@ -362,11 +361,11 @@ class VmLink:
 
     @staticmethod
     def _checked_ram(block: RamBlock, descriptor: int) -> int:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or not _target(descriptor).startswith("/memfd:"):
+        if _seals(descriptor) is None:
             raise LinkError("a RAM block's descriptor is not a memfd")
-        if status.st_size != block.size_bytes:
-            raise LinkError(f"a RAM block of {block.size_bytes} bytes has {status.st_size}")
+        size = os.fstat(descriptor).st_size
+        if size != block.size_bytes:
+            raise LinkError(f"a RAM block of {block.size_bytes} bytes has {size}")
         return descriptor
 
     @staticmethod
@@ -377,10 +376,11 @@ class VmLink:
 
     def _checked_map(self, descriptor: int) -> npt.NDArray[np.uint8]:
         size = self.hello.store_map_bytes
-        if not _target(descriptor).startswith("/memfd:") or os.fstat(descriptor).st_size != size:
+        seals = _seals(descriptor)
+        if seals is None or os.fstat(descriptor).st_size != size:
             raise LinkError("the store map's descriptor is not a memfd of the announced size")
         # Without this seal the other side could shrink the file under our mapping: SIGBUS.
-        if not fcntl.fcntl(descriptor, _F_GET_SEALS) & _F_SEAL_SHRINK:
+        if not seals & _F_SEAL_SHRINK:
             raise LinkError("the store map is not sealed against shrinking")
         # np.memmap takes a file object; it dups nothing, the mapping outlives the descriptor.
         with os.fdopen(os.dup(descriptor), "r+b") as file:
@@ -400,6 +400,20 @@ class VmLink:
 def _target(descriptor: int) -> str:
     """What a descriptor refers to, as the kernel names it (proc(5), /proc/PID/fd)."""
     return os.readlink(f"/proc/self/fd/{descriptor}")
+
+
+def _seals(descriptor: int) -> int | None:
+    """A memfd's seals (fcntl(2), F_GET_SEALS), None if it is no memfd.
+
+    The name alone does not tell: that of a file in a mount which was taken away looks the same,
+    and a file of FUSE, say, could keep the engine waiting for ever.
+    """
+    if not _target(descriptor).startswith("/memfd:"):
+        return None
+    try:
+        return fcntl.fcntl(descriptor, _F_GET_SEALS)
+    except OSError:  # EINVAL: not memory
+        return None
 
 
 def _seek(descriptor: int, within: int, whence: int, block: RamBlock) -> int:

@@ -9,7 +9,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -113,20 +113,19 @@ def require_write_tracking() -> None:
 
 
 def _open() -> int:
-    """The device if we may, else the system call, which unprivileged users mostly may not."""
-    try:
+    """From the device if we may, else by the system call, which unprivileged users may not."""
+    with suppress(OSError):
         device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        libc = ctypes.CDLL(None, use_errno=True)
-        descriptor: int = libc.syscall(_SYSCALL_NUMBER, os.O_CLOEXEC | os.O_NONBLOCK)
-        if descriptor < 0:
-            reason = os.strerror(ctypes.get_errno())
-            raise WriteTrackingError(
-                f"no permission for userfaultfd: {reason}",
-                hint=f"sudo setfacl -m u:$USER:rw {DEVICE}",
-            ) from None
-        return descriptor
-    try:
-        return fcntl.ioctl(device, _NEW, os.O_CLOEXEC | os.O_NONBLOCK)
-    finally:
-        os.close(device)
+        try:
+            return fcntl.ioctl(device, _NEW, os.O_CLOEXEC | os.O_NONBLOCK)
+        finally:
+            os.close(device)
+    libc = ctypes.CDLL(None, use_errno=True)
+    descriptor: int = libc.syscall(_SYSCALL_NUMBER, os.O_CLOEXEC | os.O_NONBLOCK)
+    if descriptor < 0:
+        reason = os.strerror(ctypes.get_errno())
+        raise WriteTrackingError(
+            f"no permission for userfaultfd: {reason}",
+            hint=f"sudo setfacl -m u:$USER:rw {DEVICE}",
+        )
+    return descriptor

@@ -11,6 +11,7 @@ The whole tree, outer layers included (each layer defines its own branch)::
     │   └── DramError               the DRAM image cannot be read or written
     │       └── DramFullError       its file system is full (ENOSPC, EDQUOT)
     ├── LinkError                   mktme.datapath.link: a hello that is refused
+    ├── ProtocolError               mktme.service.wire: no message of the control protocol
     ├── ServiceError                mktme.service.client: the engine said no, or is gone
     ├── EnvironmentUnfitError       mktme.vm.host: this machine lacks something
     ├── UsageError                  mktme.vm.host: an option value that makes no sense

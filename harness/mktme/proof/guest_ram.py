@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+import numpy as np
+
 from mktme.engine.errors import MktmeError
 from mktme.engine.xts import PAGE_BYTES
 
@@ -73,12 +75,12 @@ class GuestRam:
 
     def find_page(self, page: bytes) -> int | None:
         """RAM offset of the first page that is exactly `page`, None if there is none."""
+        expected = np.frombuffer(page, dtype=np.uint64)
         for ram_offset, chunk in self.chunks():
-            found = chunk.find(page)
-            while found != -1:
-                if found % PAGE_BYTES == 0:
-                    return ram_offset + found
-                found = chunk.find(page, found + 1)
+            pages = np.frombuffer(chunk, dtype=np.uint64).reshape(-1, PAGE_BYTES // 8)
+            for candidate in np.flatnonzero(pages[:, 0] == expected[0]).tolist():
+                if np.array_equal(pages[candidate], expected):
+                    return ram_offset + int(candidate) * PAGE_BYTES
         return None
 
     def close(self) -> None:

@@ -192,8 +192,8 @@ class EngineClient:
                     answer.set_result(message)
                 else:
                     self.events.put(message)
-        except OSError:
-            pass  # as good as the end of the stream
+        except (OSError, wire.ProtocolError):
+            pass  # as good as the end of the stream, which may come in the middle of a frame
         with self._lock:
             self._gone = True
             waiting = tuple(self._waiting)
@@ -206,7 +206,7 @@ class EngineClient:
         with self._socket.makefile("rb") as stream:
             while header := stream.read(wire.LENGTH_BYTES):
                 body = stream.read(int.from_bytes(header, "little"))
-                yield wire.reply_decoder.decode(body)
+                yield wire.decode_reply(body)
 
 
 class EngineProcess:

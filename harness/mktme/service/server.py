@@ -166,12 +166,10 @@ class EngineServer:
 
     async def _answer(self, body: bytes, greeted: bool) -> wire.Reply:
         try:
-            request = wire.request_decoder.decode(body)
+            request = wire.decode_request(body)
             if not greeted and not isinstance(request, wire.Hello):
                 raise MktmeError("the first message of a connection is Hello")
             return await self._handle(request)
-        except msgspec.MsgspecError as error:
-            return wire.Failure(error="ProtocolError", message=f"not a valid request: {error}")
         except MktmeError as error:
             return wire.Failure(error=type(error).__name__, message=str(error), hint=error.hint)
         except Exception as error:

@@ -3,9 +3,9 @@
 
 A frame is a 4-byte little-endian length and that many bytes of MessagePack: a `Request` one way,
 a `Reply` or an `Event` the other. Requests of one connection are answered in order; events come
-in between. Decoding is strict: an unknown type, a missing field or a value of another type is
-a `msgspec.ValidationError`. No message carries a key in either direction: a known key is named
-by its file, which the engine reads itself.
+in between. Decoding is strict: an unknown type, a missing or unknown field or a value of another
+type is a `ProtocolError`. No message carries a key in either direction: a known key is named by
+its file, which the engine reads itself.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import msgspec
 
 from mktme.datapath.shadow import Track
 from mktme.engine.dram import GuestSegment
+from mktme.engine.errors import MktmeError
 from mktme.engine.keys import KeyMode
 from mktme.engine.xts import Algorithm
 
@@ -278,12 +279,42 @@ class VmFault(Message, frozen=True):
 
 Event: TypeAlias = VmLinked | VmUnlinked | LinkRefused | DramFull | DramCaughtUp | VmFault
 
-encoder: Final = msgspec.msgpack.Encoder()
-request_decoder: Final = msgspec.msgpack.Decoder(Request)
-reply_decoder: Final = msgspec.msgpack.Decoder(Reply | Event)
+_encoder: Final = msgspec.msgpack.Encoder()
+_request_decoder: Final = msgspec.msgpack.Decoder(Request)
+_reply_decoder: Final = msgspec.msgpack.Decoder(Reply | Event)
+# msgspec's own, and two that it lets through: of a type that is not UTF-8, and of deep nesting.
+_DECODE_ERRORS: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
+class ProtocolError(MktmeError):
+    """What came is no message of this protocol."""
+
+
+def decode_request(body: bytes) -> Request:
+    """Decode what a client sent.
+
+    Raises:
+        ProtocolError: it is no request.
+    """
+    try:
+        return _request_decoder.decode(body)
+    except _DECODE_ERRORS as error:
+        raise ProtocolError(f"not a valid request: {error}") from error
+
+
+def decode_reply(body: bytes) -> Reply | Event:
+    """Decode what the engine sent.
+
+    Raises:
+        ProtocolError: it is neither a reply nor an event.
+    """
+    try:
+        return _reply_decoder.decode(body)
+    except _DECODE_ERRORS as error:
+        raise ProtocolError(f"not a valid reply: {error}") from error
 
 
 def frame(message: Message) -> bytes:
     """A message as it goes over the wire, its length first."""
-    body = encoder.encode(message)
+    body = _encoder.encode(message)
     return len(body).to_bytes(LENGTH_BYTES, "little") + body

@@ -106,12 +106,14 @@ class Domain:
     """A started guest; a context manager that leaves nothing of it behind.
 
     The guest starts to run only after its console is connected, so not a byte of it is lost.
-    `started` is the `time.monotonic` of that moment.
+    `started` is the `time.monotonic` of that moment. `trouble` is what keeps it from running, if
+    something does.
     """
 
     def __init__(self, host: Host, spec: DomainSpec, transcript: Path, label: str) -> None:
         self.spec = spec
         self.label = label
+        self.trouble: str | None = None
         self._host = host
         self._transcript = transcript
 
@@ -221,7 +223,9 @@ class Domain:
             raise VmLostError(self._reason(f"{self.label}: {error}")) from error
 
     def _reason(self, otherwise: str) -> str:
-        """The plugin's last word in QEMU's log explains an end better than its symptom does."""
+        """What is known to be wrong, or the plugin's last word, says more than a symptom does."""
+        if self.trouble is not None:
+            return f"{self.label}: {self.trouble}"
         said = [
             line
             for line in self._host.qemu_log(self.spec.name).splitlines()

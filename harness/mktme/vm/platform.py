@@ -184,8 +184,13 @@ class Platform:
         return self._process.process.pid
 
     @contextlib.contextmanager
-    def launch(self, config: VmConfig, name: str = "guest") -> Iterator[Vm]:
+    def launch(self, config: VmConfig, name: str = "guest", *, boot: bool = True) -> Iterator[Vm]:
         """Start a guest, boot it to its shell, and take it down at the end.
+
+        Args:
+            config: what to start.
+            name: what to call it.
+            boot: False to leave it before its first instruction, for `Domain.boot` later.
 
         Raises:
             UsageError: a value in `config` makes no sense.
@@ -236,7 +241,8 @@ class Platform:
                 engine = self.engine
                 self._wait_linked(one, domain)
                 domain.check_guest_map(vm_status(engine, one).segments)
-            domain.boot(BOOT_TIMEOUT_S)
+            if boot:
+                domain.boot(BOOT_TIMEOUT_S)
             yield Vm(one, config, domain, engine, **vm_fields)
 
     def abort(self) -> None:
@@ -247,12 +253,9 @@ class Platform:
 
     def check(self, vm: Vm) -> None:
         """Raise what went wrong with a VM's memory since it was launched, if anything did."""
-        with self._changed:
-            fault = self._faults.get(vm.uuid)
+        fault = self.fault(vm.uuid)
         if fault is not None:
-            raise VmError(
-                f"{vm.name} is paused: {fault}", hint="free space where the DRAM image is"
-            )
+            raise VmError(f"{vm.name}: {fault}", hint="free space where the DRAM image is")
 
     def wait_for(self, condition: Callable[[], bool], timeout_s: float) -> bool:
         """Wait for an engine event that makes `condition` true; returns whether one did."""
@@ -261,7 +264,8 @@ class Platform:
 
     def fault(self, vm: uuid.UUID) -> str | None:
         """Why a VM's memory is not followed now, None if it is."""
-        return self._faults.get(vm)
+        with self._changed:
+            return self._faults.get(vm)
 
     def _supported(self, config: VmConfig) -> VmConfig:
         """Fall back from `stores` where QEMU would abort (see FACTS in docs/adr/0003)."""
@@ -305,10 +309,14 @@ class Platform:
             self.engine.remove_vm(one)
 
     def _watch(self) -> None:
-        """Follow the engine's events; a VM whose writes do not fit into DRAM is paused."""
+        """Follow the engine's events; a VM whose writes do not fit into DRAM waits for space."""
         while (event := self.engine.events.get()) is not None:
-            if isinstance(event, wire.DramFull):
-                self._pause(event.vm)
+            with contextlib.suppress(VmError):  # it ended by itself meanwhile
+                match event:
+                    case wire.DramFull(vm=one, message=message):
+                        self._wait_for_space(self._domains[one], message)
+                    case wire.DramCaughtUp(vm=one):
+                        self._go_on(self._domains[one])
             with self._changed:
                 match event:
                     case wire.VmLinked(vm=one):
@@ -326,11 +334,15 @@ class Platform:
                         self._faults[one] = message
                 self._changed.notify_all()
 
-    def _pause(self, one: uuid.UUID) -> None:
-        domain = self._domains.get(one)
-        if domain is not None:
-            with contextlib.suppress(VmError):  # it ended by itself meanwhile
-                domain.suspend()
+    def _wait_for_space(self, domain: Domain, message: str) -> None:
+        domain.trouble = f"it is paused: {message}"
+        domain.suspend()
+        self._notice(f"{domain.label} is paused: {message}; it goes on when there is space")
+
+    def _go_on(self, domain: Domain) -> None:
+        domain.trouble = None
+        domain.resume()
+        self._notice(f"{domain.label} goes on: all it wrote is in DRAM")
 
 
 def parse_size(text: str) -> int:

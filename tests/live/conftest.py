@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the live tests share: the command as a user runs it, and whether it left anything."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+COMMAND_TIMEOUT_S = 240
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here):
+            item.add_marker(pytest.mark.live)
+            item.add_marker(pytest.mark.timeout(COMMAND_TIMEOUT_S + 60))
+
+
+@dataclass
+class Command:
+    """Runs of `mktme` in a temporary directory of their own, and nothing else in it."""
+
+    tmpdir: Path
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def start(self, *arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "mktme.cli", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Ctrl-C reaches a whole process group: this one's, not that of the tests.
+            start_new_session=True,
+            env=os.environ | {"TMPDIR": str(self.tmpdir), "COLUMNS": "200"},
+        )
+        self.started.append(process)
+        return process
+
+    def finish(self, process: subprocess.Popen[str]) -> tuple[int, str, str]:
+        out, err = process.communicate(timeout=COMMAND_TIMEOUT_S)
+        return process.returncode, out, err
+
+    def run(self, *arguments: str, prefix: tuple[str, ...] = ()) -> tuple[int, str, str]:
+        return self.finish(self.start(*arguments, prefix=prefix))
+
+    def processes(self, what: str = "") -> list[int]:
+        """Processes that have this run's directory in their command line, and `what`."""
+        found = []
+        for directory in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                line = (directory / "cmdline").read_bytes().replace(b"\0", b" ")
+                if os.fsencode(self.tmpdir) in line and what.encode() in line:
+                    found.append(int(directory.name))
+        return found
+
+    def assert_nothing_left(self) -> None:
+        """No process, no socket, no file: what holds a descriptor would be a process."""
+        for pid in self.processes("mktme.vm.reaper"):
+            # It may still be at work when the command was killed: wait for its end, an event.
+            with contextlib.suppress(ProcessLookupError):
+                descriptor = os.pidfd_open(pid)
+                try:
+                    _wait_readable(descriptor, 10)
+                finally:
+                    os.close(descriptor)
+        assert self.processes() == []
+        assert list(self.tmpdir.iterdir()) == []
+
+
+def _wait_readable(descriptor: int, timeout_s: float) -> None:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    assert poll.poll(timeout_s * 1000), "the reaper did not end"
+
+
+@pytest.fixture
+def command() -> Iterator[Command]:
+    # Not tmp_path: the paths of UNIX sockets are short.
+    directory = Path(tempfile.mkdtemp(prefix="mt-", dir="/tmp"))
+    one = Command(directory)
+    try:
+        yield one
+    finally:
+        for process in one.started:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+        for pid in one.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(directory, ignore_errors=True)
