@@ -201,9 +201,10 @@ def main() -> None:
     """Entry point: every error of ours becomes one line with its hint, and an exit code."""
     try:
         app()
-    except KeyboardInterrupt:
-        err.print("mktme: interrupted; everything was taken down", style="yellow")
-        sys.exit(ExitCode.INTERRUPTED)
+    except SystemExit as ended:
+        if ended.code == ExitCode.INTERRUPTED:  # what Typer makes of KeyboardInterrupt
+            err.print("mktme: interrupted; everything was taken down", style="yellow")
+        raise
     except MktmeError as error:
         err.print(f"mktme: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         if error.hint is not None:

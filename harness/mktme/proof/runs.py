@@ -275,8 +275,8 @@ class _Session:
     def _side_by_side(self, jobs: Iterable[Callable[[], _T]]) -> list[_T]:
         """Run jobs at once; if one fails or the user interrupts, the others' guests go too."""
         with ThreadPoolExecutor() as pool:
-            futures = [pool.submit(job) for job in jobs]
             try:
+                futures = [pool.submit(job) for job in jobs]
                 return [future.result() for future in futures]
             except BaseException:
                 self._platform.abort()

@@ -21,6 +21,10 @@ from mktme.engine.errors import MktmeError
 
 READY: Final = "@mktme ready"
 _LOG_LINES: Final = 5
+_NOTHING: Final = "(?!)"  # matches nowhere
+_FOUND: Final = 0
+_ENDED: Final = 1
+_TIMED_OUT: Final = 2
 
 
 class VmError(MktmeError):
@@ -95,13 +99,23 @@ class Console:
 
     def wait_end(self, timeout_s: float) -> None:
         """Wait until QEMU closes the console."""
-        if self._spawn.expect([pexpect.EOF, pexpect.TIMEOUT], timeout=timeout_s) == 1:
+        if self._wait(_NOTHING, timeout_s) == _TIMED_OUT:
             raise VmLostError(f"the guest is still there after {timeout_s:g} s")
 
     def close(self) -> None:
         """Let go of the console."""
         self._socket.close()
         self._transcript.close()
+
+    def _wait(self, pattern: str, timeout_s: float) -> int:
+        """Wait for `pattern`: `_FOUND`, `_ENDED` or `_TIMED_OUT`."""
+        try:
+            found: int = self._spawn.expect(
+                [pattern, pexpect.EOF, pexpect.TIMEOUT], timeout=timeout_s
+            )
+        except OSError:  # a QEMU that is killed resets the connection
+            return _ENDED
+        return found
 
     def _send(self, line: str) -> None:
         try:
@@ -110,10 +124,10 @@ class Console:
             raise VmLostError("the guest's console ended") from error
 
     def _expect(self, pattern: str, timeout_s: float, doing: str) -> re.Match[bytes]:
-        found = self._spawn.expect([pattern, pexpect.EOF, pexpect.TIMEOUT], timeout=timeout_s)
-        if isinstance(self._spawn.match, re.Match):
+        found = self._wait(pattern, timeout_s)
+        if found == _FOUND:
             return cast("re.Match[bytes]", self._spawn.match)
-        what = "its console ended" if found == 1 else f"no answer in {timeout_s:g} s"
+        what = "its console ended" if found == _ENDED else f"no answer in {timeout_s:g} s"
         tail = self._spawn.before if isinstance(self._spawn.before, bytes) else b""
         lines = tail.decode(errors="replace").split("\n")[-_LOG_LINES:]
         said = " / ".join(line.strip() for line in lines if line.strip())

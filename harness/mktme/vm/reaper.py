@@ -30,13 +30,17 @@ def process_dir() -> Path:
     """A private directory that is gone, and all QEMUs of it, soon after this process is."""
     # Short, since the paths of UNIX sockets end at 107 bytes.
     directory = Path(tempfile.mkdtemp(prefix="mktme-"))
-    reaper = subprocess.Popen(
-        [sys.executable, "-m", "mktme.vm.reaper", str(directory)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,  # neither Ctrl-C nor the terminal's end may reach it
-    )
-    atexit.register(reaper.communicate)
+    try:
+        reaper = subprocess.Popen(
+            [sys.executable, "-m", "mktme.vm.reaper", str(directory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,  # neither Ctrl-C nor the terminal's end may reach it
+        )
+        atexit.register(reaper.communicate)
+    except BaseException:
+        shutil.rmtree(directory)  # not yet anybody else's to remove
+        raise
     return directory
 
 
