@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The plugin builds everywhere, and QEMU loads it: arguments, hello, and no QEMU without engine.
+
+QEMU runs paused here, so no guest code is ever executed.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import shutil
+import socket
+import subprocess
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from mktme.datapath.link import Hello, Segment, decode_hello, encode_answer
+
+PLUGIN: Final = Path(__file__).parents[2] / "qemu-plugin"
+QEMU: Final = "qemu-system-x86_64"
+VM: Final = uuid.UUID("7c1b0c52-30a4-4b0e-9d0c-0d2f3c1f2b11")
+GIB: Final = 1 << 30
+DEADLINE_S: Final = 20
+EX_SOFTWARE: Final = 70
+ENGINE_GONE: Final = "mktme: the engine is gone; stopping QEMU so that the guest does not run"
+
+
+def need(*tools: str) -> None:
+    missing = [tool for tool in tools if not shutil.which(tool)]
+    if missing and not os.environ.get("CI"):
+        pytest.skip(f"needs {', '.join(missing)}")
+
+
+def make(target: str, *variables: str) -> None:
+    result = subprocess.run(
+        ["make", "-C", PLUGIN, target, *variables], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+@pytest.mark.parametrize("api", [4, 7])
+def test_builds_without_a_warning_and_exports_only_what_qemu_looks_for(
+    tmp_path: Path, compiler: str, api: int
+) -> None:
+    need("make", "nm", compiler)
+    make("all", f"API={api}", f"CC={compiler}", f"BUILD={tmp_path}")
+    plugin = tmp_path / f"mktme-api{api}.so"
+    assert list(tmp_path.iterdir()) == [plugin]
+    symbols = subprocess.run(
+        ["nm", "--dynamic", "--defined-only", "--format=just-symbols", plugin],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert sorted(symbols.stdout.split()) == ["qemu_plugin_install", "qemu_plugin_version"]
+
+
+def test_no_other_api_builds(tmp_path: Path) -> None:
+    need("make", "cc")
+    with pytest.raises(AssertionError, match="MKTME_QEMU_API must be 4"):
+        make("all", "API=5", f"BUILD={tmp_path}")
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plugin for the QEMU of this machine."""
+    need("make", "cc", QEMU)
+    build = tmp_path_factory.mktemp("plugin")
+    version = subprocess.run([QEMU, "--version"], capture_output=True, text=True, check=True)
+    api = 7 if int(version.stdout.split("version ")[1].split(".")[0]) >= 11 else 4
+    make("all", f"API={api}", f"BUILD={build}")
+    return build / f"mktme-api{api}.so"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Good ones, of a VM with 64 MiB, unless told otherwise."""
+
+    plugin: str = f"socket=/nonexistent,vm={VM},track=stores"
+    share: str = "on"
+    machine: str = "q35"
+    memory: str = "64M"
+    smp: str = "1"
+    sandbox: str = "off"
+
+
+def start(plugin: Path, arguments: Arguments) -> subprocess.Popen[str]:
+    backend = f"memory-backend-memfd,id=ram,share={arguments.share},size={arguments.memory}"
+    return subprocess.Popen(
+        [
+            *(QEMU, "-S", "-nodefaults", "-display", "none", "-accel", "tcg"),
+            *("-machine", f"{arguments.machine},memory-backend=ram", "-object", backend),
+            *("-m", arguments.memory, "-smp", arguments.smp, "-sandbox", arguments.sandbox),
+            *("-plugin", f"{plugin},{arguments.plugin}"),
+        ],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(qemu: subprocess.Popen[str]) -> tuple[int, list[str]]:
+    """Its exit status, and what the plugin said."""
+    try:
+        _out, err = qemu.communicate(timeout=DEADLINE_S)
+    finally:
+        qemu.kill()
+    return qemu.returncode, [line for line in err.splitlines() if line.startswith("mktme: ")]
+
+
+GOOD: Final = f"socket=/x,vm={VM},track=pages"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (f"vm={VM},track=pages", "missing argument 'socket='"),
+        ("socket=/x,track=pages", "missing argument 'vm='"),
+        (f"socket=/x,vm={VM}", "missing argument 'track='"),
+        (f"{GOOD},colour=blue", "unknown argument 'colour=blue'"),
+        # A bare name: QEMU makes it NAME=on.
+        (f"{GOOD},colour", "unknown argument 'colour=on'"),
+        (f"socket,vm={VM},track=pages", "'socket=on': expected the absolute path"),
+        (f"{GOOD},socket=x", "'socket=x': expected the absolute path"),
+        (f"{GOOD},socket=/{'x' * 107}", "expected the absolute path"),
+        (f"{GOOD},vm=7c1b0c52", "'vm=7c1b0c52': expected the UUID"),
+        (f"{GOOD},vm={VM}0", f"'vm={VM}0': expected the UUID"),
+        (f"{GOOD},vm={VM.hex}", f"'vm={VM.hex}': expected the UUID"),
+        (f"{GOOD},track=everything", "'track=everything': expected stores, pages or stores+pages"),
+        (f"{GOOD},ram-below-4g=-4096", "expected the bytes of RAM below the PCI hole"),
+        (f"{GOOD},ram-below-4g=2G", "expected the bytes of RAM below the PCI hole"),
+        (f"{GOOD},ram-below-4g=0", "expected the bytes of RAM below the PCI hole"),
+        (f"{GOOD},ram-below-4g=4097", "expected the bytes of RAM below the PCI hole"),
+        (f"{GOOD},ram-below-4g=4294967296", "expected the bytes of RAM below the PCI hole"),
+        (f"{GOOD},check-tlb=maybe", "'check-tlb=maybe': expected on or off"),
+        (f"{GOOD},check-tlb=on", "check-tlb=on checks what track=stores uses"),
+    ],
+)
+def test_wrong_argument_is_named_and_qemu_does_not_start(
+    plugin: Path, arguments: str, complaint: str
+) -> None:
+    status, said = finish(start(plugin, Arguments(plugin=arguments)))
+    assert status == 1
+    assert len(said) == 1
+    assert complaint in said[0]
+
+
+def test_stores_of_several_vcpus_need_a_qemu_that_survives_them(plugin: Path) -> None:
+    if plugin.name == "mktme-api7.so":
+        pytest.skip("this QEMU survives them")
+    # Hot-plugged ones count.
+    status, said = finish(start(plugin, Arguments(smp="1,maxcpus=2")))
+    assert status == 1
+    assert "track=stores with more than one vCPU needs QEMU 11.1" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (Arguments(), "cannot connect to the engine at /nonexistent: No such file or directory"),
+        (Arguments(share="off"), "guest RAM is a private mapping: add share=on"),
+        (Arguments(memory="4G"), "more than 2 GiB of guest RAM is split around the PCI hole"),
+    ],
+)
+def test_guest_that_cannot_be_protected_does_not_run(
+    plugin: Path, arguments: Arguments, complaint: str
+) -> None:
+    status, said = finish(start(plugin, arguments))
+    assert status == EX_SOFTWARE
+    assert len(said) == 1
+    assert complaint in said[0]
+
+
+class Engine:
+    """The engine's end of the link."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.settimeout(DEADLINE_S)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._connection: socket.socket | None = None
+        self.descriptors: list[int] = []
+
+    def hello(self) -> Hello:
+        self._connection, _address = self._listener.accept()
+        self._connection.settimeout(DEADLINE_S)
+        message, controls, flags, _address = self._connection.recvmsg(4096, socket.CMSG_SPACE(256))
+        assert not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
+        for _level, _type, data in controls:
+            self.descriptors += array.array("i", data)
+        return decode_hello(message)
+
+    def answer(self, message: bytes) -> None:
+        assert self._connection is not None
+        self._connection.send(message)
+
+    def vanish(self) -> None:
+        assert self._connection is not None
+        self._connection.close()
+
+    def close(self) -> None:
+        self._listener.close()
+        if self._connection is not None:
+            self._connection.close()
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    engine = Engine(tmp_path / "link")
+    yield engine
+    engine.close()
+
+
+def linked(engine: Engine, arguments: Arguments, *, track: str = "stores") -> Arguments:
+    return replace(arguments, plugin=f"socket={engine.path},vm={VM},track={track}")
+
+
+def test_hello_describes_the_vm(plugin: Path, engine: Engine) -> None:
+    qemu = start(plugin, linked(engine, Arguments()))
+    try:
+        hello = engine.hello()
+    finally:
+        qemu.kill()
+        finish(qemu)
+    assert hello.vm_uuid == VM
+    assert hello.plugin_api == int(plugin.stem[-1])
+    assert hello.vcpus == 1
+    assert hello.ram_bytes == 64 << 20
+    assert hello.segments == (Segment(0, 0, 64 << 20),)
+    ram, store_map = engine.descriptors
+    assert os.fstat(ram).st_size == 64 << 20
+    assert os.fstat(store_map).st_size == hello.store_map_bytes == 4096 + (64 << 20) // 64
+
+
+def test_hello_splits_ram_where_it_was_told(plugin: Path, engine: Engine) -> None:
+    arguments = linked(engine, Arguments(memory="4G"))
+    told = replace(arguments, plugin=f"{arguments.plugin},ram-below-4g={2 * GIB}")
+    qemu = start(plugin, told)
+    try:
+        hello = engine.hello()
+    finally:
+        qemu.kill()
+        finish(qemu)
+    assert hello.segments == (Segment(0, 0, 2 * GIB), Segment(4 * GIB, 2 * GIB, 2 * GIB))
+
+
+@pytest.mark.usefixtures("write_tracking")
+def test_page_tracking_works_in_the_sandbox_libvirt_puts_qemu_in(
+    plugin: Path, engine: Engine
+) -> None:
+    sandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+    arguments = linked(engine, Arguments(sandbox=sandbox), track="stores+pages")
+    qemu = start(plugin, arguments)
+    try:
+        hello = engine.hello()
+        kinds = [os.readlink(f"/proc/self/fd/{descriptor}") for descriptor in engine.descriptors]
+        engine.answer(encode_answer())
+        # To see the engine go it must have got past the answer, and its thread be running.
+        engine.vanish()
+        status, said = finish(qemu)
+    finally:
+        qemu.kill()
+    assert hello.descriptor_count == len(kinds) == 4
+    assert "memory-backend-memfd" in kinds[0]
+    assert "userfaultfd" in kinds[1]
+    assert kinds[2].endswith("/pagemap")
+    assert "mktme-store-map" in kinds[3]
+    assert status == EX_SOFTWARE
+    assert said[0].startswith(ENGINE_GONE)
+
+
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        (encode_answer("no such VM"), "mktme: the engine refused: no such VM"),
+        (b"MKTMEANS", "mktme: the engine's answer is not of protocol version 1"),
+        (b"MKTMEANX" + encode_answer()[8:], "mktme: the engine's answer is not of protocol"),
+        (encode_answer("cut")[:-1], "mktme: the engine's answer is not of protocol version 1"),
+        (encode_answer() + b"x", "mktme: the engine's answer is not of protocol version 1"),
+        (encode_answer() + bytes(1000), "mktme: the engine's answer is not of protocol version 1"),
+        (None, "mktme: the engine closed the connection without an answer"),
+    ],
+)
+def test_qemu_does_not_run_unless_accepted(
+    plugin: Path, engine: Engine, answer: bytes | None, complaint: str
+) -> None:
+    qemu = start(plugin, linked(engine, Arguments()))
+    try:
+        engine.hello()
+        if answer is None:
+            engine.vanish()
+        else:
+            engine.answer(answer)
+        status, said = finish(qemu)
+    finally:
+        qemu.kill()
+    assert status == EX_SOFTWARE
+    assert len(said) == 1
+    assert said[0].startswith(complaint)
+
+
+def test_qemu_ends_with_the_engine(plugin: Path, engine: Engine) -> None:
+    qemu = start(plugin, linked(engine, Arguments()))
+    try:
+        engine.hello()
+        engine.answer(encode_answer())
+        engine.vanish()
+        status, said = finish(qemu)
+    finally:
+        qemu.kill()
+    assert status == EX_SOFTWARE
+    assert len(said) == 1
+    assert said[0].startswith(ENGINE_GONE)
