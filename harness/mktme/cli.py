@@ -26,7 +26,8 @@ try:
     # First of ours: it needs libvirt, the one library that pip does not bring.
     from mktme.vm.host import EnvironmentUnfitError, UsageError
 except ImportError as missing:
-    sys.exit(f"mktme: libvirt cannot be loaded ({missing})\n  hint: make setup")
+    print(f"mktme: libvirt cannot be loaded ({missing})\n  hint: make setup", file=sys.stderr)
+    sys.exit(3)  # ExitCode.ENVIRONMENT
 
 from mktme.datapath.shadow import Track
 from mktme.datapath.uffd import WriteTrackingError
@@ -135,7 +136,7 @@ def run(
     mode = KeyMode.DIRECT if key_file is not None else KeyMode.RANDOM
     if no_encrypt:
         if key_file is not None:
-            raise UsageError("--no-encrypt has no use for --key-file")
+            raise UsageError("--no-encrypt has no use for --key-file", hint="leave one of them out")
         mode = KeyMode.NO_ENCRYPT
     _check_json(json)
     config = _config(
@@ -224,7 +225,7 @@ def _exit_code(error: MktmeError) -> ExitCode:
 def _config(guest: str, memory: str, vcpus: int, **fields: object) -> VmConfig:
     """The guest as asked for; sizes are checked before an image is built for it."""
     size = parse_size(memory)
-    with err.status(f"guest image {guest}"):
+    with err.status(f"guest image {escape(guest)}"):
         image = images.ensure(guest, lambda line: err.print(line, style="dim", markup=False))
     config = VmConfig(image, memory_bytes=size, vcpus=vcpus, **fields)  # type: ignore[arg-type]
     check_config(config)
@@ -234,7 +235,10 @@ def _config(guest: str, memory: str, vcpus: int, **fields: object) -> VmConfig:
 def _check_json(path: Path | None) -> None:
     """A report that cannot be written is better known before the run than after it."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UsageError(f"--json {path}: no file can be written there")
+        raise UsageError(
+            f"--json {path}: no file can be written there",
+            hint="name a file in a directory that exists",
+        )
 
 
 class _Bars:
@@ -296,7 +300,8 @@ def _finish(report: RunReport, json: Path | None) -> None:
     if report.isolation is not None:
         out.print(_isolation_table(report.isolation))
     if report.dram is not None:
-        out.print(f"DRAM image {report.dram}, described by {report.sidecar}", soft_wrap=True)
+        line = f"DRAM image {report.dram}, described by {report.sidecar}"
+        out.print(line, markup=False, soft_wrap=True)
     if json is not None:
         write_json(json, report)
     passed = sum(check.passed for check in report.checks)

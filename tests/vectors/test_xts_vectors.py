@@ -15,13 +15,14 @@ from dataclasses import dataclass
 import cryptography_vectors
 import numpy as np
 import pytest
-import reference
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mktme.engine.xts import LINE_BYTES, Algorithm, XtsCipher
+
+from . import reference
 
 DIRECTORY = os.path.join("ciphers", "AES", "XTS")
 # Tweaks as 16 bytes (``i = ...``) and as numbers (``DataUnitSeqNumber = ...``), which only the

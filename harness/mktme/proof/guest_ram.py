@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -40,13 +41,15 @@ class GuestRam:
     def __init__(self, qemu_pid: int, size_bytes: int) -> None:
         self.size_bytes = size_bytes
         self._files: list[tuple[int, int]] = []
+        inodes: set[int] = set()
         try:
             # QEMU opens its memory backends in the order in which RAM offsets follow each other.
             links = sorted(Path(f"/proc/{qemu_pid}/fd").iterdir(), key=lambda link: int(link.name))
             for link in links:
-                if os.readlink(link).startswith(_RAM_MEMFD):
-                    descriptor = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
-                    self._files.append((descriptor, os.fstat(descriptor).st_size))
+                with suppress(FileNotFoundError):  # a descriptor that was closed meanwhile
+                    if os.readlink(link).startswith(_RAM_MEMFD) and _add(inodes, link):
+                        descriptor = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
+                        self._files.append((descriptor, os.fstat(descriptor).st_size))
         except OSError as error:
             self.close()
             raise GuestRamError(f"QEMU process {qemu_pid}: {error.strerror}") from error
@@ -98,3 +101,11 @@ class GuestRam:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _add(inodes: set[int], link: Path) -> bool:
+    """Whether a descriptor's file is none of those yet: a memory backend may be open twice."""
+    inode = link.stat().st_ino
+    known = inode in inodes
+    inodes.add(inode)
+    return not known

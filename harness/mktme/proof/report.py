@@ -17,6 +17,7 @@ from typing import Final, Literal
 import msgspec
 
 from mktme.datapath.shadow import Track
+from mktme.engine.errors import MktmeError
 from mktme.engine.keys import KeyMode
 from mktme.engine.xts import Algorithm
 from mktme.proof.confidentiality import CanarySearch
@@ -151,19 +152,29 @@ def environment(host: Host, image: GuestImage) -> Environment:
 
 
 def write_json(path: Path, document: object) -> None:
-    """Write a document; the file has its final name only when it is whole."""
+    """Write a document; the file has its final name only when it is whole.
+
+    Raises:
+        MktmeError: it cannot be written; an older one is still there.
+    """
     data = msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise MktmeError(
+            f"{path}: cannot write the report: {error.strerror}",
+            hint="choose another place with --json FILE",
+        ) from error
 
 
 def json_schema(document: type) -> bytes:

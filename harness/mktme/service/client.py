@@ -192,8 +192,10 @@ class EngineClient:
                     answer.set_result(message)
                 else:
                     self.events.put(message)
-        except (OSError, wire.ProtocolError):
-            pass  # as good as the end of the stream, which may come in the middle of a frame
+        except (OSError, wire.ProtocolError, IndexError):
+            # As good as the end of the stream, which may come in the middle of a frame. So is
+            # an answer that nobody waits for (IndexError).
+            pass
         with self._lock:
             self._gone = True
             waiting = tuple(self._waiting)

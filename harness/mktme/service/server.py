@@ -94,7 +94,8 @@ class EngineServer:
         self._controller = MemoryController(dram, self._keys)
         self._peer_uids = peer_uids | {os.geteuid()}
         self._vms: dict[UUID, Vm] = {}
-        self._clients: set[asyncio.StreamWriter] = set()
+        # Whether they said Hello: events are only for those who did.
+        self._clients: dict[asyncio.StreamWriter, bool] = {}
         self._stopping = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -134,8 +135,7 @@ class EngineServer:
     async def _serve_client(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        self._clients.add(writer)
-        greeted = False
+        self._clients[writer] = False
         try:
             if self._refuses(writer.get_extra_info("socket")):
                 return
@@ -145,16 +145,16 @@ class EngineServer:
                     log.warning("control client sent a frame of %d bytes, closing", length)
                     return
                 body = await reader.readexactly(length)
-                reply = await self._answer(body, greeted)
-                greeted = greeted or isinstance(reply, wire.Welcome)
+                reply = await self._answer(body, self._clients[writer])
+                self._clients[writer] |= isinstance(reply, wire.Welcome)
                 writer.write(wire.frame(reply))
                 await writer.drain()
-                if not greeted:
+                if not self._clients[writer]:
                     return
         except (asyncio.IncompleteReadError, ConnectionError):
             return  # the client is gone, perhaps in the middle of a frame
         finally:
-            self._clients.discard(writer)
+            del self._clients[writer]
             writer.close()
 
     def _refuses(self, peer: socket.socket) -> bool:
@@ -326,9 +326,9 @@ class EngineServer:
 
     def _announce(self, event: wire.Event) -> None:
         data = wire.frame(event)
-        for client in tuple(self._clients):
+        for client, greeted in self._clients.items():
             # A client that does not read must not make us hold its events without bound.
-            if client.transport.get_write_buffer_size() < wire.REPLY_MAX_BYTES:
+            if greeted and client.transport.get_write_buffer_size() < wire.REPLY_MAX_BYTES:
                 client.write(data)
 
     # --- plugin links -------------------------------------------------------------------------
@@ -373,8 +373,6 @@ class EngineServer:
     def _accept_hello(self, connection: socket.socket) -> Vm:
         """Receive and check one hello; its descriptors never outlive a refusal."""
         pid, uid, _gid = _credentials(connection)
-        if uid not in self._peer_uids:
-            raise LinkError(f"user {uid} may not connect")
         message, descriptors, flags, _ = socket.recv_fds(
             connection,
             ram_link.HELLO_MAX_BYTES + 1,
@@ -384,6 +382,10 @@ class EngineServer:
         with contextlib.ExitStack() as received:
             for descriptor in descriptors:
                 received.callback(os.close, descriptor)
+            # Not before its message was received: a peer whose data was left unread gets a reset
+            # in place of our reason.
+            if uid not in self._peer_uids:
+                raise LinkError(f"user {uid} may not connect")
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise LinkError("hello with more bytes or descriptors than one can have")
             hello = ram_link.decode_hello(message)

@@ -280,8 +280,10 @@ class VmFault(Message, frozen=True):
 Event: TypeAlias = VmLinked | VmUnlinked | LinkRefused | DramFull | DramCaughtUp | VmFault
 
 _encoder: Final = msgspec.msgpack.Encoder()
-_request_decoder: Final = msgspec.msgpack.Decoder(Request)
-_reply_decoder: Final = msgspec.msgpack.Decoder(Reply | Event)
+_request_decoder: Final[msgspec.msgpack.Decoder[Request]] = msgspec.msgpack.Decoder(Request)
+_reply_decoder: Final[msgspec.msgpack.Decoder[Reply | Event]] = msgspec.msgpack.Decoder(
+    Reply | Event
+)
 # msgspec's own, and two that it lets through: of a type that is not UTF-8, and of deep nesting.
 _DECODE_ERRORS: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 

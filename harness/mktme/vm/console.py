@@ -12,7 +12,7 @@ import secrets
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, cast
+from typing import BinaryIO, Final, cast
 
 import pexpect
 from pexpect.socket_pexpect import SocketSpawn
@@ -47,6 +47,19 @@ class CommandResult:
     status: int
 
 
+class _Line(SocketSpawn):  # type: ignore[type-arg]  # generic in its stub alone
+    """A SocketSpawn with a transcript: pexpect 4.9's own does not heed `logfile_read`."""
+
+    def __init__(self, connection: socket.socket, transcript: BinaryIO) -> None:
+        super().__init__(connection, timeout=None, use_poll=True)
+        self._transcript = transcript
+
+    def read_nonblocking(self, size: int = 1, timeout: float | None = -1) -> bytes:
+        data: bytes = super().read_nonblocking(size, timeout)
+        self._transcript.write(data)
+        return data
+
+
 class Console:
     """The guest's serial console behind the UNIX socket `path`.
 
@@ -60,11 +73,10 @@ class Console:
         self._transcript = transcript.open("wb")
         try:
             self._socket.connect(str(path))
-            self._spawn = SocketSpawn(self._socket, timeout=None, use_poll=True)
+            self._spawn = _Line(self._socket, self._transcript)
         except BaseException:
             self.close()
             raise
-        self._spawn.logfile_read = self._transcript
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until the guest has booted to its shell.

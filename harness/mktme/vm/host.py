@@ -50,14 +50,19 @@ class Host:
         uri: another libvirt on this machine in place of the embedded driver.
 
     Raises:
-        UsageError: `uri` names another machine.
+        UsageError: `uri` is none, or names another machine.
         EnvironmentUnfitError: libvirt does not answer, or its QEMU is too old.
     """
 
     def __init__(self, uri: str | None = None) -> None:
         self.embedded = uri is None
         self.uri = uri or "qemu:///embed"
-        parts = urlsplit(self.uri)
+        try:
+            parts = urlsplit(self.uri)
+        except ValueError as error:
+            raise UsageError(
+                f"{self.uri}: {error}", hint="give a URI such as qemu:///system"
+            ) from error
         if parts.netloc or "ssh" in parts.scheme:
             raise UsageError(
                 f"{self.uri}: the engine runs beside QEMU, and this one is on another machine",

@@ -288,7 +288,9 @@ class Platform:
             "ram-below-4g": str(ram_below_4g(config.memory_bytes)),
             "check-tlb": "on" if config.check_tlb else "off",
         }
-        return ",".join([str(path), *(f"{key}={value}" for key, value in options.items())])
+        # QEMU splits options at commas; one that belongs to a value is doubled.
+        values = [str(path), *(f"{key}={value}" for key, value in options.items())]
+        return ",".join(value.replace(",", ",,") for value in values)
 
     def _wait_linked(self, one: uuid.UUID, domain: Domain) -> None:
         def settled() -> bool:
@@ -311,7 +313,8 @@ class Platform:
     def _watch(self) -> None:
         """Follow the engine's events; a VM whose writes do not fit into DRAM waits for space."""
         while (event := self.engine.events.get()) is not None:
-            with contextlib.suppress(VmError):  # it ended by itself meanwhile
+            # It ended by itself meanwhile, or was taken down.
+            with contextlib.suppress(VmError, KeyError):
                 match event:
                     case wire.DramFull(vm=one, message=message):
                         self._wait_for_space(self._domains[one], message)
@@ -364,15 +367,16 @@ def check_config(config: VmConfig) -> None:
         UsageError: with the nearest value that would do.
     """
     memory = config.memory_bytes
+    nearest = max(MIN_MEMORY_BYTES, memory) >> 20
     if memory % PAGE_BYTES:
         raise UsageError(
             f"{memory} bytes of memory are not whole pages of {PAGE_BYTES} bytes",
-            hint=f"--memory {max(1, memory >> 20)}M",
+            hint=f"--memory {nearest}M",
         )
     if memory % _MEMORY_STEP_BYTES:
         raise UsageError(
             f"{memory} bytes of memory are not whole MiB, and libvirt gives no less",
-            hint=f"--memory {max(1, memory >> 20)}M",
+            hint=f"--memory {nearest}M",
         )
     if memory < MIN_MEMORY_BYTES:
         raise UsageError(

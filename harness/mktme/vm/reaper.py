@@ -47,7 +47,7 @@ def process_dir() -> Path:
 def kill_leftovers(directory: Path) -> None:
     """Kill every QEMU that libvirt started below `directory`, then remove the directory."""
     for pid_file in directory.glob(_PID_FILES):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, OverflowError):
             pid = int(pid_file.read_text())
             descriptor = os.pidfd_open(pid)
             try:

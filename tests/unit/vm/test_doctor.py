@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The doctor: each thing that can be wrong is found, with the command that mends it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from mktme.datapath.uffd import WriteTrackingError
+from mktme.engine.errors import MktmeError
+from mktme.vm import doctor, images
+from mktme.vm.doctor import DoctorReport, Finding, examine
+from mktme.vm.host import EnvironmentUnfitError, Host
+from mktme.vm.images import ImageError
+
+from .test_domain_xml import IMAGE
+
+CHECKS = {
+    "_libvirt": "libvirt and QEMU",
+    "_plugin": "QEMU plugin",
+    "_userfaultfd": "userfaultfd",
+    "_pagemap_scan": "PAGEMAP_SCAN",
+    "_image": "guest image",
+    "_memory": "memory",
+    "_disk": "disk",
+    "_openssl": "openssl (bench)",
+}
+
+
+@pytest.fixture
+def fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which all is well."""
+    for check in CHECKS:
+        monkeypatch.setattr(doctor, check, lambda: "as it should be")
+
+
+def raising(error: Exception) -> Callable[..., str]:
+    def check(*_arguments: object) -> str:
+        raise error
+
+    return check
+
+
+@pytest.mark.usefixtures("fit")
+def test_everything_is_looked_at() -> None:
+    assert examine() == [Finding(name, True, "as it should be") for name in CHECKS.values()]
+
+
+@pytest.mark.usefixtures("fit")
+@pytest.mark.parametrize("check", CHECKS)
+def test_one_fault_does_not_hide_the_others(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = MktmeError("it is broken", hint="mend it")
+    monkeypatch.setattr(doctor, check, raising(fault))
+    findings = {finding.name: finding for finding in examine()}
+    assert list(findings) == list(CHECKS.values())
+    assert findings.pop(CHECKS[check]) == Finding(CHECKS[check], False, "it is broken", "mend it")
+    assert all(finding.fit for finding in findings.values())
+
+
+def test_missing_qemu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "EMULATOR", tmp_path / "qemu")
+    with pytest.raises(EnvironmentUnfitError, match="qemu is not installed") as caught:
+        doctor._libvirt()
+    assert caught.value.hint == "make setup"
+
+
+def test_libvirt_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "qemu").touch()
+    monkeypatch.setattr(doctor, "EMULATOR", tmp_path / "qemu")
+    unfit = EnvironmentUnfitError("libvirt at qemu:///embed: no", hint="mktme doctor")
+    monkeypatch.setattr(Host, "__enter__", raising(unfit))
+    with pytest.raises(EnvironmentUnfitError, match="no") as caught:
+        doctor._libvirt()
+    assert caught.value.hint == "make setup"  # not the doctor again
+
+
+@pytest.fixture
+def emulator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """Replaces QEMU by a script, with one plugin built."""
+
+    def plugin(api: int) -> Path:
+        if api != 4:
+            raise EnvironmentUnfitError(f"api{api} is not built", hint="make setup")
+        return tmp_path / "mktme-api4.so"
+
+    def replace(script: str) -> None:
+        path = tmp_path / "qemu"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setattr(doctor, "EMULATOR", path)
+
+    monkeypatch.setattr(doctor, "plugin_path", plugin)
+    return replace
+
+
+def test_plugin_that_qemu_takes(emulator: Callable[[str], None]) -> None:
+    emulator('test "$5" = -plugin && echo "mktme: socket=PATH is missing" >&2; exit 1')
+    assert doctor._plugin() == "mktme-api4.so is accepted"
+
+
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [
+        ("echo starting >&2; echo 'plugin: API too old' >&2; exit 1", "plugin: API too old"),
+        ("exit 0", "no answer"),
+        ("exec /nonexistent/qemu", "nonexistent"),
+    ],
+)
+def test_plugin_that_qemu_does_not_take(
+    emulator: Callable[[str], None], script: str, found: str
+) -> None:
+    emulator(script)
+    with pytest.raises(EnvironmentUnfitError, match=found) as caught:
+        doctor._plugin()
+    assert "api7 is not built" in str(caught.value)
+    assert caught.value.hint == "make setup"
+
+
+def test_qemu_that_hangs(emulator: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_PROBE_TIMEOUT_S", 0.05)
+    emulator("exec cat /dev/zero >/dev/null")
+    with pytest.raises(EnvironmentUnfitError, match="timed out"):
+        doctor._plugin()
+
+
+@pytest.mark.usefixtures("write_tracking")
+def test_write_tracking_of_this_machine() -> None:
+    assert "write tracking" in doctor._userfaultfd()
+    assert "finds written pages" in doctor._pagemap_scan()
+
+
+def test_no_permission_for_userfaultfd(monkeypatch: pytest.MonkeyPatch) -> None:
+    unfit = WriteTrackingError("no permission", hint="sudo setfacl")
+    monkeypatch.setattr(doctor, "open_write_tracking", raising(unfit))
+    (finding,) = (one for one in examine_only("_userfaultfd", monkeypatch) if not one.fit)
+    assert finding == Finding("userfaultfd", False, "no permission", "sudo setfacl")
+
+
+def examine_only(check: str, monkeypatch: pytest.MonkeyPatch) -> list[Finding]:
+    for other in CHECKS:
+        if other != check:
+            monkeypatch.setattr(doctor, other, lambda: "")
+    return examine()
+
+
+def test_image_that_is_not_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    unfit = ImageError("vmlinuz is not what linux-image holds", hint="remove it")
+    monkeypatch.setattr(images, "ensure", lambda _name: IMAGE)
+    monkeypatch.setattr(images, "verify", raising(unfit))
+    (finding,) = (one for one in examine_only("_image", monkeypatch) if not one.fit)
+    assert finding == Finding("guest image", False, str(unfit), "remove it")
+    monkeypatch.setattr(images, "verify", lambda image: image.manifest)
+    assert doctor._image() == "tiny: linux-image-amd64 6.1, as Debian ships it"
+
+
+def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "available_memory_bytes", lambda: 3 << 30)
+    assert doctor._memory() == "3072 MiB available"
+    monkeypatch.setattr(doctor, "available_memory_bytes", lambda: (3 << 30) - 1)
+    with pytest.raises(EnvironmentUnfitError, match="3071 MiB available") as caught:
+        doctor._memory()
+    assert "--memory" in str(caught.value.hint)
+
+
+def test_little_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "MiB free in" in doctor._disk()
+    monkeypatch.setattr(doctor, "DISK_NEEDED_BYTES", 1 << 60)
+    with pytest.raises(EnvironmentUnfitError, match="does not fit"):
+        doctor._disk()
+
+
+def test_missing_openssl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EnvironmentUnfitError, match="not installed"):
+        doctor._openssl()
+    (tmp_path / "openssl").write_text("#!/bin/sh\n")
+    (tmp_path / "openssl").chmod(0o755)
+    assert doctor._openssl() == str(tmp_path / "openssl")
+
+
+def test_report_is_a_document() -> None:
+    findings = (Finding("disk", False, "full", "df"), Finding("memory", True, "plenty"))
+    report = DoctorReport("mktme.doctor", 1, findings)
+    data = msgspec.json.encode(report)
+    assert msgspec.json.decode(data, type=DoctorReport) == report
+    assert msgspec.json.decode(data)["findings"][0] == {
+        "name": "disk",
+        "fit": False,
+        "found": "full",
+        "remedy": "df",
+    }

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which libvirt is taken, and which QEMU; against a fake connection."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import libvirt
+import pytest
+
+from mktme.vm import host as host_module
+from mktme.vm.host import (
+    EnvironmentUnfitError,
+    Host,
+    UsageError,
+    dotted,
+    plugin_api,
+    plugin_path,
+)
+
+
+@dataclass
+class FakeConnection:
+    """What libvirt.open returns."""
+
+    qemu: int
+    closed: bool = False
+
+    def getVersion(self) -> int:  # noqa: N802 - libvirt's name
+        return self.qemu
+
+    def getLibVersion(self) -> int:  # noqa: N802 - libvirt's name
+        return 11_003_000
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """URIs that libvirt was asked for."""
+    monkeypatch.setattr(host_module, "_run_event_loop", lambda: None)
+    return []
+
+
+@pytest.fixture
+def connection(monkeypatch: pytest.MonkeyPatch, opened: list[str]) -> FakeConnection:
+    connection = FakeConnection(10_000_002)
+
+    def open_(uri: str) -> FakeConnection:
+        opened.append(uri)
+        return connection
+
+    monkeypatch.setattr(libvirt, "open", open_)
+    return connection
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "qemu+ssh://host/system",
+        "qemu+ssh:///system",
+        "qemu+libssh2://user@host:22/system",
+        "qemu+tls://host/system",
+        "qemu+tcp://localhost/system",
+        "qemu://host/system",
+    ],
+)
+def test_other_machines_are_refused(uri: str) -> None:
+    with pytest.raises(UsageError, match="on another machine") as caught:
+        Host(uri)
+    assert uri in str(caught.value)
+    assert "qemu:///system" in str(caught.value.hint)
+
+
+def test_what_is_no_uri_is_refused() -> None:
+    with pytest.raises(UsageError, match="Invalid IPv6 URL"):
+        Host("qemu://[")
+
+
+@pytest.mark.parametrize(
+    "uri", ["qemu:///system", "qemu:///session", "qemu+unix:///system?socket=/run/libvirt-sock"]
+)
+def test_other_libvirts_of_this_machine_are_taken(
+    connection: FakeConnection, opened: list[str], uri: str
+) -> None:
+    with Host(uri) as host:
+        assert opened == [uri]
+        assert not host.embedded
+        assert host.qemu_version == (10, 0, 2)
+        assert host.libvirt_version == (11, 3, 0)
+        assert host.plugin_api == 4
+        assert not connection.closed
+    assert connection.closed
+
+
+def test_embedded_libvirt_has_a_root_of_its_own(
+    connection: FakeConnection,
+    opened: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host_module, "_embedded_root", lambda: tmp_path)
+    with Host() as host:
+        assert opened == [f"qemu:///embed?root={tmp_path}"]
+        assert host.embedded
+        assert host.uri == "qemu:///embed"
+
+
+@pytest.mark.parametrize(
+    ("version", "shown"), [(9_002_003, "9.2.3"), (7_002_000, "7.2.0"), (0, "0.0.0")]
+)
+def test_older_qemu_is_refused(connection: FakeConnection, version: int, shown: str) -> None:
+    connection.qemu = version
+    with (
+        pytest.raises(EnvironmentUnfitError, match=rf"QEMU {shown} is too old, 10\.0 is") as caught,
+        Host("qemu:///system"),
+    ):
+        raise AssertionError("it was taken")
+    assert caught.value.hint == "make setup"
+    assert connection.closed
+
+
+def test_libvirt_that_does_not_answer(opened: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_uri: str) -> None:
+        raise libvirt.libvirtError("no connection")
+
+    monkeypatch.setattr(libvirt, "open", refuse)
+    with (
+        pytest.raises(EnvironmentUnfitError, match="libvirt at qemu:///system: no connection"),
+        Host("qemu:///system"),
+    ):
+        raise AssertionError("it was taken")
+
+
+@pytest.mark.parametrize(
+    ("version", "api"), [((10, 0, 0), 4), ((10, 2, 1), 4), ((11, 0, 0), 7), ((11, 1, 2), 7)]
+)
+def test_plugin_api_of_a_qemu(version: tuple[int, ...], api: int) -> None:
+    assert plugin_api(version) == api
+
+
+def test_plugin_that_is_not_built() -> None:
+    with pytest.raises(EnvironmentUnfitError, match=r"mktme-api99\.so is not built") as caught:
+        plugin_path(99)
+    assert caught.value.hint == "make setup"
+
+
+def test_versions_as_people_write_them() -> None:
+    assert dotted((10, 0, 2)) == "10.0.2"
+    assert dotted((10,)) == "10"
+
+
+def test_log_of_a_domain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_module, "_embedded_root", lambda: tmp_path)
+    host = Host()
+    assert host.qemu_log("alice") == ""
+    (tmp_path / "log" / "qemu").mkdir(parents=True)
+    (tmp_path / "log" / "qemu" / "alice.log").write_bytes(b"mktme: gone \xff\n")
+    assert host.qemu_log("alice") == "mktme: gone \ufffd\n"
+
+
+def embedded_root(monkeypatch: pytest.MonkeyPatch, parent: Path, cache: Path) -> Path:
+    """As for a process whose private directory is `parent`."""
+    monkeypatch.setattr(host_module, "process_dir", lambda: parent)
+    monkeypatch.setattr(host_module, "cache_dir", lambda: cache / "images")
+    root: Path = host_module._embedded_root.__wrapped__()
+    return root
+
+
+@pytest.fixture
+def short_dir() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="m") as directory:
+        yield Path(directory)
+
+
+def test_root_leaves_room_for_its_sockets(
+    short_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libvirt's monitor sockets are 53 characters below it, and end at 107."""
+    for length in (54, 55):
+        parent = short_dir / ("x" * (length - len(f"{short_dir}//libvirt")))
+        parent.mkdir()
+        if length == 54:
+            assert len(str(embedded_root(monkeypatch, parent, tmp_path))) == 54
+        else:
+            with pytest.raises(EnvironmentUnfitError, match="too long a path") as caught:
+                embedded_root(monkeypatch, parent, tmp_path)
+            assert caught.value.hint == "export TMPDIR=/tmp"
+
+
+def test_root_is_configured_to_leave_the_machine_alone(
+    short_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = embedded_root(monkeypatch, short_dir, tmp_path)
+    settings = (root / "etc" / "qemu.conf").read_text().splitlines()
+    for setting in ('stdio_handler = "file"', 'security_driver = "none"', "namespaces = []"):
+        assert setting in settings
+    assert ('user = "root"' in settings) == (os.geteuid() == 0)
+    # What libvirt learnt of a QEMU outlives the root.
+    assert (root / "cache/qemu/capabilities").resolve() == tmp_path / "qemu-capabilities"
