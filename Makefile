@@ -2,13 +2,13 @@
 # Each target first sets up what is missing, from a clean clone on: see tools/setup.
 
 BIN := .venv/bin
-SCRIPTS := tools/setup .ci/run $(addprefix guest-images/tiny/,init canary workload)
+SCRIPTS := tools/setup .ci/run tests/live/libvirtd.sh $(addprefix guest-images/tiny/,init canary workload)
 C_SOURCES := $(shell find qemu-plugin tests -name '*.[ch]')
 PIP_COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes \
 	--python-version 3.11 --constraints requirements/constraints.txt \
 	--custom-compile-command 'make lock'
 
-.PHONY: help setup lint check test demo bench lock clean
+.PHONY: help setup lint check test demo bench schema lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
@@ -35,6 +35,9 @@ demo: setup ## two encrypted guests, and the proofs
 
 bench: setup ## the cost of each configuration
 	$(BIN)/mktme bench
+
+schema: setup ## docs/schema from the types of the reports
+	$(BIN)/python -m mktme.proof.schema docs/schema
 
 lock: setup ## newest versions of the dependencies into requirements/*.lock
 	$(BIN)/pip install --quiet uv

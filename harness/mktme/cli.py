@@ -42,7 +42,7 @@ from mktme.proof.runs import Narrator
 from mktme.proof.transparency import Progress as StepProgress
 from mktme.service.client import EngineRefusedError
 from mktme.vm import doctor, images
-from mktme.vm.platform import VmConfig, check_config, parse_size
+from mktme.vm.platform import VmConfig, check_config, check_sizes, parse_size
 
 
 class ExitCode(enum.IntEnum):
@@ -225,6 +225,7 @@ def _exit_code(error: MktmeError) -> ExitCode:
 def _config(guest: str, memory: str, vcpus: int, **fields: object) -> VmConfig:
     """The guest as asked for; sizes are checked before an image is built for it."""
     size = parse_size(memory)
+    check_sizes(size, vcpus)
     with err.status(f"guest image {escape(guest)}"):
         image = images.ensure(guest, lambda line: err.print(line, style="dim", markup=False))
     config = VmConfig(image, memory_bytes=size, vcpus=vcpus, **fields)  # type: ignore[arg-type]
@@ -319,7 +320,9 @@ def _finish(report: RunReport, json: Path | None) -> None:
 
 def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
     """A table that fits 80 columns where its text does."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False
+    )
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return table

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import select
 import shutil
@@ -11,13 +12,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 COMMAND_TIMEOUT_S = 240
+IN_CREATE = 0x100  # linux/inotify.h
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -56,6 +59,25 @@ class Command:
     def run(self, *arguments: str, prefix: tuple[str, ...] = ()) -> tuple[int, str, str]:
         return self.finish(self.start(*arguments, prefix=prefix))
 
+    def wait_for_step(self, process: subprocess.Popen[str], text: str) -> None:
+        """Read the command's progress until it shows a step: an event to act upon."""
+        assert process.stderr is not None
+        seen = ""
+        while text not in seen:
+            more = os.read(process.stderr.fileno(), 4096)
+            assert more, f"the command ended before {text!r}: {seen}"
+            seen += more.decode(errors="replace")
+
+    @staticmethod
+    def wait_ended(descriptor: int, timeout_s: float = 20) -> None:
+        """Wait for the end of a process (pidfd_open(2)), and close its descriptor."""
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        try:
+            assert poll.poll(timeout_s * 1000), "a process did not end"
+        finally:
+            os.close(descriptor)
+
     def processes(self, what: str = "") -> list[int]:
         """Processes that have this run's directory in their command line, and `what`."""
         found = []
@@ -71,19 +93,28 @@ class Command:
         for pid in self.processes("mktme.vm.reaper"):
             # It may still be at work when the command was killed: wait for its end, an event.
             with contextlib.suppress(ProcessLookupError):
-                descriptor = os.pidfd_open(pid)
-                try:
-                    _wait_readable(descriptor, 10)
-                finally:
-                    os.close(descriptor)
+                self.wait_ended(os.pidfd_open(pid))
         assert self.processes() == []
         assert list(self.tmpdir.iterdir()) == []
 
 
-def _wait_readable(descriptor: int, timeout_s: float) -> None:
+def wait_until(
+    directory: Path, condition: Callable[[], bool], process: subprocess.Popen[bytes]
+) -> None:
+    """Wait for a change in `directory` (inotify(7)) that makes `condition` true."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    descriptor = libc.inotify_init1(os.O_CLOEXEC)
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
-    assert poll.poll(timeout_s * 1000), "the reaper did not end"
+    deadline = time.monotonic() + 60
+    try:
+        assert libc.inotify_add_watch(descriptor, os.fsencode(directory), IN_CREATE) >= 0
+        while not condition():
+            assert process.poll() is None, "the process ended"
+            assert poll.poll(max(0.0, deadline - time.monotonic()) * 1000), "nothing came in time"
+            os.read(descriptor, 4096)
+    finally:
+        os.close(descriptor)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,16 +26,6 @@ from .conftest import Command
 MIB = 1 << 20
 SMALL = ("run", "--memory", "256M", "--no-reference")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
-
-
-def wait_for_step(process: subprocess.Popen[str], text: str) -> None:
-    """Read the command's progress until it shows a step: an event to act upon."""
-    assert process.stderr is not None
-    seen = ""
-    while text not in seen:
-        more = os.read(process.stderr.fileno(), 4096)
-        assert more, f"the command ended before {text!r}: {seen}"
-        seen += more.decode(errors="replace")
 
 
 def test_engine_killed() -> None:
@@ -55,7 +46,7 @@ def test_engine_killed() -> None:
 @pytest.mark.parametrize("victim", ["mktme.service", "qemu-system-x86_64"])
 def test_command_whose_process_is_killed(command: Command, victim: str) -> None:
     process = command.start(*SMALL)
-    wait_for_step(process, "working")
+    command.wait_for_step(process, "working")
     (pid,) = command.processes(victim)
     os.kill(pid, signal.SIGKILL)
     status, _out, err = command.finish(process)
@@ -69,7 +60,7 @@ def test_command_whose_process_is_killed(command: Command, victim: str) -> None:
 @pytest.mark.parametrize("moment", ["starting", "booting", "working", "comparing"])
 def test_interrupt_at_any_moment(command: Command, moment: str) -> None:
     process = command.start("run", "--memory", "256M", "--guests", "2")
-    wait_for_step(process, moment)
+    command.wait_for_step(process, moment)
     os.killpg(process.pid, signal.SIGINT)
     status, _out, err = command.finish(process)
     assert status == ExitCode.INTERRUPTED, err
@@ -82,7 +73,7 @@ def test_interrupt_at_any_moment(command: Command, moment: str) -> None:
 def test_kill_of_the_harness_itself(command: Command, reference: bool) -> None:
     """Not even kill -9 leaves a QEMU, be it an encrypted one or a plain one without an engine."""
     process = command.start("run", "--memory", "256M")
-    wait_for_step(process, "plain: booting" if reference else "working")
+    command.wait_for_step(process, "plain: booting" if reference else "working")
     process.kill()
     command.finish(process)
     command.assert_nothing_left()
@@ -102,15 +93,10 @@ def test_two_runs_at_once(command: Command) -> None:
 
 @needs_root
 def test_no_permission_for_userfaultfd(command: Command) -> None:
-    """In a mount namespace where the device is another one, and without the capability."""
-    prefix = (
-        "unshare",
-        "--mount",
-        "sh",
-        "-c",
-        'mount --bind /dev/null /dev/userfaultfd && exec setpriv --bounding-set=-sys_ptrace "$@"',
-        "sh",
-    )
+    """In a mount namespace where the device is another one, and under a filter of system calls."""
+    hide = 'mount --bind /dev/null /dev/userfaultfd && exec "$@"'
+    forbid = (sys.executable, str(Path(__file__).with_name("without_userfaultfd.py")))
+    prefix = ("unshare", "--mount", "sh", "-c", hide, "sh", *forbid)
     status, _out, err = command.run(*SMALL, prefix=prefix)
     assert status == ExitCode.ENVIRONMENT, err
     assert "no permission for userfaultfd" in err
@@ -167,7 +153,7 @@ def test_full_dram_pauses_the_guest_and_loses_nothing(
         platform.launch(vm_config(memory="256M"), boot=False) as vm,
     ):
         vm.domain.resume()  # a boot alone writes more than 40 MiB
-        assert platform.wait_for(lambda: platform.fault(vm.uuid) is not None, 60)
+        assert platform.wait_for(lambda: vm.domain.trouble is not None, 60)
         assert vm.domain.is_paused
         with pytest.raises(VmError, match="cannot write"):
             platform.check(vm)
@@ -176,7 +162,7 @@ def test_full_dram_pauses_the_guest_and_loses_nothing(
         assert before.pending_pages > 0
         more = ["mount", "-o", "remount,size=400m", str(small_file_system)]
         subprocess.run(more, check=True)
-        assert platform.wait_for(lambda: platform.fault(vm.uuid) is None, 60)
+        assert platform.wait_for(lambda: vm.domain.trouble is None, 60)
         vm.domain.console.wait_ready(60)
         with vm.held() as engine:
             assert compare_memory(vm, engine).passed

@@ -169,6 +169,7 @@ class ShadowDataPath:
         """
         if self._pages is not None:
             self._collect_vanished()
+            yield from self._collect_zeroed()
         for _ in range(2):  # the second round takes marks set late: after the page's own scan
             self._collect_marked()
             yield from self.drain()
@@ -205,6 +206,19 @@ class ShadowDataPath:
         for start, stop in self._link.holes(0, self._link.ram_pages):
             self._note_hole(start, stop)
 
+    def _collect_zeroed(self) -> Iterator[int]:
+        """Find pages that were given back and are memory again, because somebody read them.
+
+        The kernel reports these as unwritten too, and they are no holes any more; but all of such
+        a page is zeros, so whatever is zeros is encrypted once more.
+        """
+        for first in range(0, len(self._shadowed), BATCH_PAGES):
+            pages = np.flatnonzero(self._shadowed[first : first + BATCH_PAGES]) + first
+            if len(pages):
+                zero = ~self._read(pages).any(axis=1)
+                self._written[pages[zero]] = True
+                yield 0
+
     def _note_written(self, start: int, stop: int) -> None:
         self.counters.pages_written += stop - start
         self._written[start:stop] = True
@@ -226,10 +240,7 @@ class ShadowDataPath:
     def _encrypt(self, pages: npt.NDArray[np.int64]) -> int:
         if self._stores is not None:
             self._take_marks(self._stores, pages)
-        plaintext = self._plaintext[: len(pages)]
-        for index, start, stop in _runs(pages):
-            part = plaintext[index : index + stop - start]
-            self._link.read_into(start * PAGE_BYTES, memoryview(part.data).cast("B"))
+        plaintext = self._read(pages)
         marks = self._marked[pages]
         whole = self._written[pages]
         masks = None if whole.all() else np.where(whole, _ALL_LINES, marks)
@@ -251,6 +262,14 @@ class ShadowDataPath:
             len(pages) * LINES_PER_PAGE if masks is None else _bits(masks)
         )
         return stored + other
+
+    def _read(self, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        """The RAM of at most `BATCH_PAGES` pages, uint64 (n, 512), until the next call."""
+        plaintext = self._plaintext[: len(pages)]
+        for index, start, stop in _runs(pages):
+            part = plaintext[index : index + stop - start]
+            self._link.read_into(start * PAGE_BYTES, memoryview(part.data).cast("B"))
+        return plaintext
 
     def _meaning(
         self, pages: npt.NDArray[np.int64], plaintext: npt.NDArray[np.uint64]

@@ -32,6 +32,7 @@ from mktme.vm.platform import Platform, Vm, VmConfig, region_bytes
 
 DEMO_GUESTS: Final = ("alice", "bob")
 _T = TypeVar("_T")
+_ORDER: Final = {"transparency": 0, "confidentiality": 1, "isolation": 2}
 
 
 class Narrator(Protocol):
@@ -239,7 +240,7 @@ class _Session:
             passed=all(check.passed for check in self._checks),
             environment=environment(self._platform.host, self._image),
             guests=tuple(self._guests),
-            checks=tuple(self._checks),
+            checks=tuple(sorted(self._checks, key=lambda one: (one.control, _ORDER[one.proof]))),
             isolation=self._isolation,
             engine_memory=self._platform.engine.status().memory,
             dram=None if dram is None else str(dram.absolute()),

@@ -36,7 +36,7 @@ def main() -> int:
                 arguments.run_dir, dram, arguments.keyid_bits, frozenset(arguments.peer_uid)
             )
             asyncio.run(server.serve(owner))
-    except (MktmeError, OSError) as error:
+    except (MktmeError, OSError, ValueError) as error:
         # The owner is waiting for the answer to its Hello: this is it.
         hint = error.hint if isinstance(error, MktmeError) else None
         failure = wire.Failure(error=type(error).__name__, message=str(error), hint=hint)

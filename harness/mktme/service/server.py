@@ -71,6 +71,7 @@ class Vm:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     pacer: DrainPacer = field(default_factory=DrainPacer)
     drain_s: float = 0.0
+    was_linked: bool = False
     full: bool = False
     fault: str | None = None
 
@@ -394,6 +395,9 @@ class EngineServer:
                 raise LinkError(f"no VM {hello.vm_uuid} was announced to this engine")
             if vm.link is not None:
                 raise LinkError(f"VM {hello.vm_uuid} is linked already")
+            if vm.was_linked:
+                # Its DRAM holds the first one's memory, where this one's may be untouched.
+                raise LinkError(f"VM {hello.vm_uuid} was linked before: announce it anew")
             if hello.ram_bytes != vm.memory_bytes:
                 raise LinkError(
                     f"VM {vm.name} has {hello.ram_bytes} bytes of RAM,"
@@ -407,6 +411,7 @@ class EngineServer:
             link.close()
             raise
         vm.link = link
+        vm.was_linked = True
         return vm
 
     async def _follow(self, vm: Vm) -> None:

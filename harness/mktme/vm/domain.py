@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
@@ -114,6 +115,7 @@ class Domain:
         self.spec = spec
         self.label = label
         self.trouble: str | None = None
+        self._holding = threading.Lock()
         self._host = host
         self._transcript = transcript
 
@@ -171,8 +173,22 @@ class Domain:
         self._call(self._domain.suspend)
 
     def resume(self) -> None:
-        """Let the vCPUs run."""
-        self._call(self._domain.resume)
+        """Let the vCPUs run, or, while the guest is held, have `release` do so."""
+        with self._holding:
+            if self.trouble is None:
+                self._call(self._domain.resume)
+
+    def hold(self, trouble: str) -> None:
+        """Stop the vCPUs until `release`, whoever else resumes them; from any thread."""
+        with self._holding:
+            self.suspend()
+            self.trouble = trouble
+
+    def release(self) -> None:
+        """End a `hold`."""
+        with self._holding:
+            self._call(self._domain.resume)
+            self.trouble = None
 
     @property
     def is_paused(self) -> bool:

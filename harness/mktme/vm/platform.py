@@ -42,7 +42,8 @@ from mktme.vm.reaper import process_dir
 
 BOOT_TIMEOUT_S: Final = 120.0
 LINK_TIMEOUT_S: Final = 20.0
-MIN_MEMORY_BYTES: Final = 128 << 20
+MIN_MEMORY_BYTES: Final = 192 << 20  # with less, Linux has too little left for the workload
+_SPACE_EVENTS: Final = (wire.DramFull, wire.DramCaughtUp)
 REGION_ALIGN_BYTES: Final = 2 << 20
 # libvirt gives x86 guests their memory in steps of 1 MiB (qemuDomainGetMemorySizeAlignment).
 _MEMORY_STEP_BYTES: Final = 1 << 20
@@ -232,7 +233,11 @@ class Platform:
             )
             transcript = self.run_dir / f"{unique}.log"
             domain = stack.enter_context(Domain(self.host, spec, transcript, label=name))
-            self._domains[one] = domain
+            with self._changed:
+                self._domains[one] = domain
+                fault = self._faults.get(one)
+            if fault is not None:  # it came before there was a domain to hold
+                domain.hold(f"it is paused: {fault}")
             stack.callback(self._domains.pop, one)
             if self._aborted:
                 raise VmError(f"{unique} is not wanted any more")
@@ -313,39 +318,35 @@ class Platform:
     def _watch(self) -> None:
         """Follow the engine's events; a VM whose writes do not fit into DRAM waits for space."""
         while (event := self.engine.events.get()) is not None:
-            # It ended by itself meanwhile, or was taken down.
-            with contextlib.suppress(VmError, KeyError):
-                match event:
-                    case wire.DramFull(vm=one, message=message):
-                        self._wait_for_space(self._domains[one], message)
-                    case wire.DramCaughtUp(vm=one):
-                        self._go_on(self._domains[one])
             with self._changed:
-                match event:
-                    case wire.VmLinked(vm=one):
-                        self._linked.add(one)
-                    case wire.VmUnlinked(vm=one):
-                        self._linked.discard(one)
-                    case wire.LinkRefused(reason=reason):
-                        self._refusals.append(reason)
-                    case wire.DramCaughtUp(vm=one):
-                        self._faults.pop(one, None)
-                    case (
-                        wire.DramFull(vm=one, message=message)
-                        | wire.VmFault(vm=one, message=message)
-                    ):
-                        self._faults[one] = message
+                self._note(event)
+                domain = self._domains.get(event.vm) if isinstance(event, _SPACE_EVENTS) else None
+            if domain is not None:
+                with contextlib.suppress(VmError):  # it ended by itself meanwhile
+                    self._hold_or_release(domain, event)
+            with self._changed:
                 self._changed.notify_all()
 
-    def _wait_for_space(self, domain: Domain, message: str) -> None:
-        domain.trouble = f"it is paused: {message}"
-        domain.suspend()
-        self._notice(f"{domain.label} is paused: {message}; it goes on when there is space")
+    def _note(self, event: wire.Event) -> None:
+        match event:
+            case wire.VmLinked(vm=one):
+                self._linked.add(one)
+            case wire.VmUnlinked(vm=one):
+                self._linked.discard(one)
+            case wire.LinkRefused(reason=reason):
+                self._refusals.append(reason)
+            case wire.DramCaughtUp(vm=one):
+                self._faults.pop(one, None)
+            case wire.DramFull(vm=one, message=message) | wire.VmFault(vm=one, message=message):
+                self._faults[one] = message
 
-    def _go_on(self, domain: Domain) -> None:
-        domain.trouble = None
-        domain.resume()
-        self._notice(f"{domain.label} goes on: all it wrote is in DRAM")
+    def _hold_or_release(self, domain: Domain, event: wire.DramFull | wire.DramCaughtUp) -> None:
+        if isinstance(event, wire.DramFull):
+            domain.hold(f"it is paused: {event.message}")
+            self._notice(f"{domain.label} {domain.trouble}; it goes on when there is space")
+        else:
+            domain.release()
+            self._notice(f"{domain.label} goes on: all it wrote is in DRAM")
 
 
 def parse_size(text: str) -> int:
@@ -361,32 +362,36 @@ def parse_size(text: str) -> int:
 
 
 def check_config(config: VmConfig) -> None:
-    """Check a guest's sizes before anything is started.
+    """Check what a guest is asked to be before anything is started.
 
     Raises:
         UsageError: with the nearest value that would do.
     """
-    memory = config.memory_bytes
-    nearest = max(MIN_MEMORY_BYTES, memory) >> 20
-    if memory % PAGE_BYTES:
-        raise UsageError(
-            f"{memory} bytes of memory are not whole pages of {PAGE_BYTES} bytes",
-            hint=f"--memory {nearest}M",
-        )
-    if memory % _MEMORY_STEP_BYTES:
-        raise UsageError(
-            f"{memory} bytes of memory are not whole MiB, and libvirt gives no less",
-            hint=f"--memory {nearest}M",
-        )
-    if memory < MIN_MEMORY_BYTES:
-        raise UsageError(
-            f"{memory >> 20} MiB are too little for a guest",
-            hint=f"--memory {MIN_MEMORY_BYTES >> 20}M or more",
-        )
-    if not 1 <= config.vcpus <= 255:
-        raise UsageError(f"{config.vcpus} vCPUs", hint="--vcpus 1 to 255")
+    check_sizes(config.memory_bytes, config.vcpus)
     if (config.mode is KeyMode.DIRECT) != (config.key_file is not None):
         raise UsageError("a known key and key mode direct go together")
+
+
+def check_sizes(memory_bytes: int, vcpus: int) -> None:
+    """Check a guest's memory and vCPUs, as `check_config` does."""
+    nearest = max(MIN_MEMORY_BYTES, memory_bytes) >> 20
+    if memory_bytes % PAGE_BYTES:
+        raise UsageError(
+            f"{memory_bytes} bytes of memory are not whole pages of {PAGE_BYTES} bytes",
+            hint=f"--memory {nearest}M",
+        )
+    if memory_bytes % _MEMORY_STEP_BYTES:
+        raise UsageError(
+            f"{memory_bytes} bytes of memory are not whole MiB, and libvirt gives no less",
+            hint=f"--memory {nearest}M",
+        )
+    if memory_bytes < MIN_MEMORY_BYTES:
+        raise UsageError(
+            f"{memory_bytes >> 20} MiB are too little for a guest",
+            hint=f"--memory {MIN_MEMORY_BYTES >> 20}M or more",
+        )
+    if not 1 <= vcpus <= 255:
+        raise UsageError(f"{vcpus} vCPUs", hint="--vcpus 1 to 255")
 
 
 def region_bytes(memory_bytes: int) -> int:

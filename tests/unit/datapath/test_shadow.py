@@ -363,11 +363,6 @@ def test_memory_given_back_before_it_was_ever_encrypted(shadow: Shadow) -> None:
     assert shadow.path.counters.pages_vanished == 0
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the kernel maps a page that was given back and is only read again as one that was"
-    " not written, and by then it is no hole any more: nothing tells of its zeros",
-)
 def test_memory_given_back_and_only_read_again(shadow: Shadow) -> None:
     shadow.qemu.store(4 * PAGE, noise(PAGE))
     shadow.flush()

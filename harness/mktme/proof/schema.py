@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The JSON Schemas of the documents that `--json` writes, kept in ``docs/schema``.
+
+``make schema`` writes them; a test compares them with the types, so that they stay true.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Final
+
+from mktme.proof.bench import BenchReport
+from mktme.proof.report import RunReport, json_schema
+from mktme.vm.doctor import DoctorReport
+
+DOCUMENTS: Final[dict[str, type]] = {
+    "run-1.json": RunReport,
+    "bench-1.json": BenchReport,
+    "doctor-1.json": DoctorReport,
+}
+
+
+def main() -> None:
+    """Write each schema into the directory given."""
+    directory = Path(sys.argv[1])
+    for name, document in DOCUMENTS.items():
+        (directory / name).write_bytes(json_schema(document))
+
+
+if __name__ == "__main__":
+    main()
