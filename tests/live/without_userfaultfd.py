@@ -32,10 +32,10 @@ class Program(ctypes.Structure):
 
 
 instructions = (Instruction * 4)(
-    (0x20, 0, 0, 0),  # load the system call's number
-    (0x15, 0, 1, SYS_USERFAULTFD),
-    (0x06, 0, 0, 0x0005_0000 | errno.EPERM),  # SECCOMP_RET_ERRNO
-    (0x06, 0, 0, 0x7FFF_0000),  # SECCOMP_RET_ALLOW
+    Instruction(0x20, 0, 0, 0),  # load the system call's number
+    Instruction(0x15, 0, 1, SYS_USERFAULTFD),
+    Instruction(0x06, 0, 0, 0x0005_0000 | errno.EPERM),  # SECCOMP_RET_ERRNO
+    Instruction(0x06, 0, 0, 0x7FFF_0000),  # SECCOMP_RET_ALLOW
 )
 libc = ctypes.CDLL(None, use_errno=True)
 if (

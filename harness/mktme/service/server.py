@@ -358,6 +358,7 @@ class EngineServer:
                 if vm is not None:
                     self._unlink(vm)
                 return
+            vm.was_linked = True
             vm.connection = connection
             vm.follower = asyncio.current_task()
             self._announce(wire.VmLinked(vm=vm.uuid))
@@ -411,7 +412,6 @@ class EngineServer:
             link.close()
             raise
         vm.link = link
-        vm.was_linked = True
         return vm
 
     async def _follow(self, vm: Vm) -> None:

@@ -43,7 +43,6 @@ from mktme.vm.reaper import process_dir
 BOOT_TIMEOUT_S: Final = 120.0
 LINK_TIMEOUT_S: Final = 20.0
 MIN_MEMORY_BYTES: Final = 192 << 20  # with less, Linux has too little left for the workload
-_SPACE_EVENTS: Final = (wire.DramFull, wire.DramCaughtUp)
 REGION_ALIGN_BYTES: Final = 2 << 20
 # libvirt gives x86 guests their memory in steps of 1 MiB (qemuDomainGetMemorySizeAlignment).
 _MEMORY_STEP_BYTES: Final = 1 << 20
@@ -320,10 +319,9 @@ class Platform:
         while (event := self.engine.events.get()) is not None:
             with self._changed:
                 self._note(event)
-                domain = self._domains.get(event.vm) if isinstance(event, _SPACE_EVENTS) else None
-            if domain is not None:
+            if isinstance(event, wire.DramFull | wire.DramCaughtUp):
                 with contextlib.suppress(VmError):  # it ended by itself meanwhile
-                    self._hold_or_release(domain, event)
+                    self._hold_or_release(event)
             with self._changed:
                 self._changed.notify_all()
 
@@ -340,7 +338,11 @@ class Platform:
             case wire.DramFull(vm=one, message=message) | wire.VmFault(vm=one, message=message):
                 self._faults[one] = message
 
-    def _hold_or_release(self, domain: Domain, event: wire.DramFull | wire.DramCaughtUp) -> None:
+    def _hold_or_release(self, event: wire.DramFull | wire.DramCaughtUp) -> None:
+        with self._changed:
+            domain = self._domains.get(event.vm)
+        if domain is None:
+            return  # `launch` looks for the fault when it has one
         if isinstance(event, wire.DramFull):
             domain.hold(f"it is paused: {event.message}")
             self._notice(f"{domain.label} {domain.trouble}; it goes on when there is space")

@@ -58,7 +58,7 @@ def test_looking_leaves_memory_as_it_is(make_qemu: MakeQemu) -> None:
 def test_page_is_found_where_it_is(make_qemu: MakeQemu, page: int) -> None:
     qemu = make_qemu(3, 7)
     wanted = os.urandom(PAGE)
-    qemu.dma(5 * PAGE, wanted[:-1] + b"!")  # not quite
+    qemu.dma(5 * PAGE, wanted[:-1] + bytes([wanted[-1] ^ 1]))  # not quite
     with GuestRam(os.getpid(), qemu.ram_bytes) as ram:
         assert ram.find_page(wanted) is None
         qemu.dma(page * PAGE, wanted)

@@ -200,17 +200,19 @@ class FakeDomain:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def suspend(self) -> None:
-        self.calls.append("suspend")
+    def hold(self, trouble: str) -> None:
+        self.calls.append("hold")
+        self.trouble = trouble
 
-    def resume(self) -> None:
-        self.calls.append("resume")
+    def release(self) -> None:
+        self.calls.append("release")
+        self.trouble = None
 
 
 class Ended(FakeDomain):
     """One that ended by itself."""
 
-    def suspend(self) -> None:
+    def hold(self, trouble: str) -> None:
         raise VmError("it is gone")
 
 
@@ -231,10 +233,10 @@ def test_guest_waits_while_dram_is_full() -> None:
     domain = FakeDomain()
     one._domains[VM] = cast("Domain", domain)
     watch(one, FULL)
-    assert (domain.calls, domain.trouble) == (["suspend"], "it is paused: no space left")
+    assert (domain.calls, domain.trouble) == (["hold"], "it is paused: no space left")
     assert one.fault(VM) == "no space left"
     watch(one, wire.DramCaughtUp(vm=VM))
-    assert (domain.calls, domain.trouble) == (["suspend", "resume"], None)
+    assert (domain.calls, domain.trouble) == (["hold", "release"], None)
     assert one.fault(VM) is None
     assert len(notices) == 2
 
