@@ -272,7 +272,7 @@ class Platform:
             return self._faults.get(vm)
 
     def _supported(self, config: VmConfig) -> VmConfig:
-        """Fall back from `stores` where QEMU would abort (see FACTS in docs/adr/0003)."""
+        """Fall back from `stores` where QEMU would abort (mktme.c, prepare_stores)."""
         if config.track is None or not config.track.stores or config.vcpus == 1:
             return config
         if self.host.qemu_version >= (11,):
