@@ -11,11 +11,19 @@ The whole tree, outer layers included (each layer defines its own branch)::
     │   └── DramError               the DRAM image cannot be read or written
     │       └── DramFullError       its file system is full (ENOSPC, EDQUOT)
     ├── LinkError                   mktme.datapath.link: a hello that is refused
-    ├── ProtocolError               mktme.service.wire: no message of the control protocol
-    ├── ServiceError                mktme.service.client: the engine said no, or is gone
+    ├── WriteTrackingError          mktme.datapath.uffd: the kernel or its permissions lack it
+    ├── ProtocolError               mktme.service.wire: not a message of the control protocol
+    ├── ServiceError                mktme.service.client: the engine could not be asked
+    │   ├── EngineGoneError         its process or connection ended
+    │   └── EngineRefusedError      it answered with a failure
     ├── EnvironmentUnfitError       mktme.vm.host: this machine lacks something
     ├── UsageError                  mktme.vm.host: an option value that makes no sense
-    └── VmError                     mktme.vm.domain: a guest that did not do as expected
+    ├── UnknownGuestError           mktme.vm.images: no recipe of that name
+    ├── ImageError                  mktme.vm.images: a guest image that cannot be built or trusted
+    ├── VmError                     mktme.vm.console: a guest that did not do as expected
+    │   ├── VmLostError             it is gone, or silent
+    │   └── GuestCommandError       a command in it failed
+    └── GuestRamError               mktme.proof.guest_ram: RAM that cannot be read
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import os
 import signal
@@ -19,31 +18,20 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-import msgspec
-
 from mktme.datapath import link as ram_link
 from mktme.datapath.link import LinkError, VmLink
-from mktme.datapath.shadow import DrainPacer, ShadowDataPath, Track
+from mktme.datapath.shadow import ShadowDataPath
 from mktme.engine.controller import MemoryController
-from mktme.engine.dram import (
-    Dram,
-    GuestSegment,
-    PlatformRecord,
-    Region,
-    Sidecar,
-    VmRecord,
-    sidecar_path,
-    write_sidecar,
-)
+from mktme.engine.dram import Dram, sidecar_path, write_sidecar
 from mktme.engine.errors import AddressError, DramFullError, EngineError, KeyIdError, MktmeError
 from mktme.engine.keys import KeyMode, KeyTable, read_key_file
 from mktme.engine.xts import PAGE_BYTES
 from mktme.service import wire
+from mktme.service.vms import Vm, describe, own_memory, vm_status
 
 log = logging.getLogger(__name__)
 
@@ -52,28 +40,6 @@ LINK_SOCKET: Final = "link.sock"
 HELLO_TIMEOUT_S: Final = 5.0
 FULL_RETRY_S: Final = 0.5
 _UCRED: Final = struct.Struct("iII")
-
-
-@dataclass(slots=True)
-class Vm:
-    """One VM of the platform; `link` and `path` are there while its QEMU is."""
-
-    uuid: UUID
-    name: str
-    memory_bytes: int
-    track: Track
-    keyid: int
-    region: Region
-    link: VmLink | None = None
-    path: ShadowDataPath | None = None
-    follower: asyncio.Task[None] | None = None
-    connection: socket.socket | None = None
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    pacer: DrainPacer = field(default_factory=DrainPacer)
-    drain_s: float = 0.0
-    was_linked: bool = False
-    full: bool = False
-    fault: str | None = None
 
 
 class EngineServer:
@@ -272,7 +238,7 @@ class EngineServer:
                 wire.KeyStatus(keyid=one.keyid, mode=one.mode, algorithm=one.algorithm)
                 for one in self._keys.describe()
             ),
-            vms=tuple(_vm_status(vm) for vm in self._vms.values()),
+            vms=tuple(vm_status(vm) for vm in self._vms.values()),
             dram_bytes=self._dram.size_bytes,
             memory=own_memory(),
             cpu_s=time.process_time(),
@@ -302,27 +268,7 @@ class EngineServer:
 
     def _write_sidecar(self) -> wire.SidecarWritten:
         path = sidecar_path(self._dram.path)
-        description = Sidecar(
-            platform=PlatformRecord(
-                maxphyaddr=self._controller.maxphyaddr,
-                keyid_bits=self._keys.keyid_bits,
-                dram_bytes=self._dram.size_bytes,
-            ),
-            keys=self._keys.describe(),
-            vms=tuple(
-                VmRecord(
-                    uuid=vm.uuid,
-                    name=vm.name,
-                    base=vm.region.base,
-                    size_bytes=vm.region.size_bytes,
-                    keyid=vm.keyid,
-                    segments=() if vm.link is None else _segments(vm.link),
-                )
-                for vm in self._vms.values()
-            ),
-            pages=self._controller.page_ranges(),
-        )
-        write_sidecar(path, description)
+        write_sidecar(path, describe(self._dram, self._controller, self._keys, self._vms.values()))
         return wire.SidecarWritten(path=str(path))
 
     def _announce(self, event: wire.Event) -> None:
@@ -514,54 +460,6 @@ class EngineServer:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def own_memory() -> wire.Memory:
-    """This process's memory as the kernel accounts for it (proc(5), /proc/PID/status)."""
-    fields = {}
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if value.endswith(" kB"):
-            fields[name] = int(value.split()[0]) * 1024
-    return wire.Memory(
-        anonymous=fields["RssAnon"],
-        file=fields["RssFile"],
-        shared=fields["RssShmem"],
-        peak=fields["VmHWM"],
-    )
-
-
-def _vm_status(vm: Vm) -> wire.VmStatus:
-    status = wire.VmStatus(
-        vm=vm.uuid,
-        name=vm.name,
-        keyid=vm.keyid,
-        base=vm.region.base,
-        memory_bytes=vm.memory_bytes,
-        track=vm.track,
-        linked=vm.link is not None,
-        fault=vm.fault,
-    )
-    if vm.link is None or vm.path is None:
-        return status
-    counters = vm.link.counters()
-    return msgspec.structs.replace(
-        status,
-        qemu_pid=vm.link.qemu_pid,
-        plugin_api=vm.link.hello.plugin_api,
-        segments=_segments(vm.link),
-        traffic=wire.Traffic(
-            drain_s=vm.drain_s,
-            interval_s=vm.pacer.interval_s,
-            pending_pages=vm.path.pending_pages,
-            **dataclasses.asdict(vm.path.counters),
-            **({} if counters is None else dataclasses.asdict(counters)),
-        ),
-    )
-
-
-def _segments(link: VmLink) -> tuple[GuestSegment, ...]:
-    return tuple(GuestSegment(**dataclasses.asdict(segment)) for segment in link.hello.segments)
 
 
 def _credentials(peer: socket.socket) -> tuple[int, int, int]:

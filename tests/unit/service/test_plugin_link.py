@@ -26,7 +26,8 @@ from mktme.engine.keys import KeyMode
 from mktme.engine.xts import Algorithm
 from mktme.service import server, wire
 from mktme.service.client import EngineProcess, EngineRefusedError
-from mktme.service.server import LINK_SOCKET, EngineServer, Vm
+from mktme.service.server import LINK_SOCKET, EngineServer
+from mktme.service.vms import Vm
 
 from .. import fake_qemu
 from ..conftest import Guests, MakeQemu, wait_event
