@@ -203,7 +203,7 @@ class Dram:
                 address=base,
                 hint="make DRAM larger, or remove a VM",
             )
-        self._erase(region)
+        self.erase(region)
         bisect.insort(self._regions, region)
         return region
 
@@ -244,8 +244,12 @@ class Dram:
     def __repr__(self) -> str:
         return f"<Dram {self._path}, {self._size_bytes} bytes>"
 
-    def _erase(self, region: Region) -> None:
-        """Make a range a hole, unless it is one."""
+    def erase(self, region: Region) -> None:
+        """Make a range's lines never-written ones: a hole, unless it is one.
+
+        Raises:
+            DramError: the file system cannot do that.
+        """
         try:
             data = os.lseek(self._fd, region.base, os.SEEK_DATA)
         except OSError as error:

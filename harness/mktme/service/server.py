@@ -304,7 +304,6 @@ class EngineServer:
                 if vm is not None:
                     self._unlink(vm)
                 return
-            vm.was_linked = True
             vm.connection = connection
             vm.follower = asyncio.current_task()
             self._announce(wire.VmLinked(vm=vm.uuid))
@@ -342,9 +341,6 @@ class EngineServer:
                 raise LinkError(f"no VM {hello.vm_uuid} was announced to this engine")
             if vm.link is not None:
                 raise LinkError(f"VM {hello.vm_uuid} is linked already")
-            if vm.was_linked:
-                # Its DRAM holds the first one's memory, where this one's may be untouched.
-                raise LinkError(f"VM {hello.vm_uuid} was linked before: announce it anew")
             if hello.ram_bytes != vm.memory_bytes:
                 raise LinkError(
                     f"VM {vm.name} has {hello.ram_bytes} bytes of RAM,"
@@ -353,6 +349,8 @@ class EngineServer:
             received.pop_all()
         link = VmLink(hello, descriptors, pid)  # owns the descriptors, also when it fails
         try:
+            # Had it been linked before, DRAM would hold old memory where this one's is untouched.
+            self._dram.erase(vm.region)
             vm.path = ShadowDataPath(link, self._controller, vm.region, vm.track)
         except BaseException:
             link.close()

@@ -38,7 +38,6 @@ class Vm:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     pacer: DrainPacer = field(default_factory=DrainPacer)
     drain_s: float = 0.0
-    was_linked: bool = False
     full: bool = False
     fault: str | None = None
 
