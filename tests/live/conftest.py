@@ -90,8 +90,9 @@ class Command:
 
     def assert_nothing_left(self) -> None:
         """No process, no socket, no file: what holds a descriptor would be a process."""
-        for pid in self.processes("mktme.vm.reaper"):
-            # It may still be at work when the command was killed: wait for its end, an event.
+        for pid in self.processes():
+            # When the command was killed, the reaper and the engine may still be at it, and what
+            # they ended still be ending: wait for that, an event.
             with contextlib.suppress(ProcessLookupError):
                 self.wait_ended(os.pidfd_open(pid))
         assert self.processes() == []

@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import functools
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 LIBVIRT_ROOT: Final = "libvirt"
+_KILL_TIMEOUT_S: Final = 10
 _PID_FILES: Final = f"{LIBVIRT_ROOT}/run/qemu/*.pid"
 
 
@@ -54,6 +56,8 @@ def kill_leftovers(directory: Path) -> None:
                 # The number may have passed on to a stranger since the file was written.
                 if os.fsencode(directory) in Path(f"/proc/{pid}/cmdline").read_bytes():
                     signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                    # Readable once the process is gone, which takes a moment with much memory.
+                    select.select([descriptor], [], [], _KILL_TIMEOUT_S)
             finally:
                 os.close(descriptor)
     shutil.rmtree(directory, ignore_errors=True)
