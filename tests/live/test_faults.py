@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -41,6 +42,21 @@ def test_engine_killed() -> None:
         assert select.select([qemu], [], [], 20)[0]
         with pytest.raises(VmLostError, match="engine is gone"), vm.domain.explained():
             vm.domain.console.run("true", timeout_s=20)
+
+
+def test_plugin_that_the_engine_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU ends before the guest's first instruction, and the reason reaches the user."""
+    with ExitStack() as stack:
+        platform = stack.enter_context(Platform(dram_bytes=256 * MIB))
+        argument = platform._plugin_argument
+        monkeypatch.setattr(
+            platform,
+            "_plugin_argument",
+            lambda _vm, config, track: argument(uuid.uuid4(), config, track),
+        )
+        with pytest.raises(VmError, match=r"no VM .* was announced"):
+            stack.enter_context(platform.launch(vm_config(memory="256M")))
+        assert platform.engine.status().vms == ()
 
 
 @pytest.mark.parametrize("victim", ["mktme.service", "qemu-system-x86_64"])

@@ -126,7 +126,7 @@ class Domain:
         try:
             self._domain = self._host.connection.createXML(domain_xml(self.spec), flags)
         except libvirt.libvirtError as error:
-            raise VmError(self._reason(f"libvirt could not start {self.label}: {error}")) from (
+            raise VmError(self.reason(f"libvirt could not start {self.label}: {error}")) from (
                 error
             )
         try:
@@ -153,7 +153,7 @@ class Domain:
         try:
             yield
         except VmLostError as error:
-            raise VmLostError(self._reason(str(error)), hint=error.hint) from error
+            raise VmLostError(self.reason(str(error)), hint=error.hint) from error
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -189,6 +189,14 @@ class Domain:
         """Whether libvirt has the guest as paused."""
         state: int = self._call(self._domain.state)[0]
         return bool(state == libvirt.VIR_DOMAIN_PAUSED)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether there still is a QEMU."""
+        try:
+            return bool(self._domain.isActive())
+        except libvirt.libvirtError:  # a domain that ended is forgotten
+            return False
 
     def power_off(self, timeout_s: float) -> None:
         """Have the guest shut down by itself, and wait for QEMU's end."""
@@ -230,9 +238,9 @@ class Domain:
         try:
             return function()
         except libvirt.libvirtError as error:
-            raise VmLostError(self._reason(f"{self.label}: {error}")) from error
+            raise VmLostError(self.reason(f"{self.label}: {error}")) from error
 
-    def _reason(self, otherwise: str) -> str:
+    def reason(self, otherwise: str) -> str:
         """What is known to be wrong, or the plugin's last word, says more than a symptom does."""
         if self.trouble is not None:
             return f"{self.label}: {self.trouble}"

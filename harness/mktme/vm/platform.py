@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import re
 import shutil
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,8 +41,11 @@ from mktme.vm.host import EMULATOR, EnvironmentUnfitError, Host, UsageError, plu
 from mktme.vm.images import GuestImage
 from mktme.vm.reaper import process_dir
 
+log = logging.getLogger(__name__)
+
 BOOT_TIMEOUT_S: Final = 120.0
 LINK_TIMEOUT_S: Final = 20.0
+_LIVENESS_S: Final = 0.5
 MIN_MEMORY_BYTES: Final = 192 << 20  # with less, Linux has too little left for the workload
 REGION_ALIGN_BYTES: Final = 2 << 20
 # libvirt gives x86 guests their memory in steps of 1 MiB (qemuDomainGetMemorySizeAlignment).
@@ -151,7 +156,6 @@ class Platform:
         self._linked: set[uuid.UUID] = set()
         self._domains: dict[uuid.UUID, Domain] = {}
         self._faults: dict[uuid.UUID, str] = {}
-        self._refusals: list[str] = []
         self._aborted = False
 
     def __enter__(self) -> Self:
@@ -291,18 +295,14 @@ class Platform:
         return ",".join(value.replace(",", ",,") for value in values)
 
     def _wait_linked(self, one: uuid.UUID, domain: Domain) -> None:
-        def settled() -> bool:
-            return one in self._linked or bool(self._refusals)
-
-        with self._changed:
-            self._changed.wait_for(settled, LINK_TIMEOUT_S)
-            if one in self._linked:
+        deadline = time.monotonic() + LINK_TIMEOUT_S
+        while True:
+            # An end of QEMU is no event of the engine's: look for it now and then.
+            if self.wait_for(lambda: one in self._linked, _LIVENESS_S):
                 return
-            refusal = self._refusals[-1] if self._refusals else None
-        raise VmError(
-            f"{domain.spec.name}: its plugin did not link to the engine"
-            + (f": {refusal}" if refusal else "")
-        )
+            if not domain.is_active or time.monotonic() > deadline:
+                why = f"{domain.label}: its plugin did not link to the engine"
+                raise VmError(domain.reason(why))
 
     def _forget(self, one: uuid.UUID) -> None:
         with contextlib.suppress(ServiceError):  # an engine that is gone has forgotten
@@ -326,7 +326,8 @@ class Platform:
             case wire.VmUnlinked(vm=one):
                 self._linked.discard(one)
             case wire.LinkRefused(reason=reason):
-                self._refusals.append(reason)
+                # Its QEMU says so too, and ends; from a stranger it is none of our VMs' business.
+                log.info("the engine refused a plugin: %s", reason)
             case wire.DramCaughtUp(vm=one):
                 self._faults.pop(one, None)
             case wire.DramFull(vm=one, message=message) | wire.VmFault(vm=one, message=message):
