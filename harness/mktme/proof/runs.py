@@ -306,7 +306,7 @@ class _Session:
             "transparency",
             vm.name,
             claim,
-            not found.passed if control else found.passed,
+            found.lines_mismatched > 0 if control else found.passed,
             finding,
             control=control,
         )

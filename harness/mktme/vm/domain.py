@@ -159,8 +159,10 @@ class Domain:
     def paused(self) -> Iterator[None]:
         """Hold the guest still: vCPUs stopped, and all device I/O finished (QEMU's vm_stop)."""
         self.suspend()
-        yield
-        self.resume()
+        try:
+            yield
+        finally:
+            self.resume()
 
     def suspend(self) -> None:
         """Stop the vCPUs."""
