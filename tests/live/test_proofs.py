@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from mktme.engine.dram import read_sidecar
 from mktme.proof.confidentiality import Canary, search_dram
-from mktme.proof.guest_ram import GuestRam
+from mktme.proof.guest_ram import ram_of
 from mktme.proof.isolation import isolation_matrix
 from mktme.proof.transparency import compare_memory, run_workload
 from mktme.pytest_plugin import vm_config
@@ -216,9 +216,7 @@ def test_the_image_is_readable_offline_with_the_key(tmp_path: Path, algorithm: s
         with vm.held() as engine:
             sidecar = read_sidecar(engine.write_sidecar())
             ram_offset = search_dram(vm, canary, dram).ram_offset
-            pid = vm.status().qemu_pid
-            assert pid is not None
-            with GuestRam(pid, 256 * MIB) as ram:
+            with ram_of(vm) as ram:
                 expected = ram.read(ram_offset, 4096)
     (described,) = sidecar.vms
     address = described.base + ram_offset

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from mktme.engine.xts import LINE_BYTES, PAGE_BYTES
-from mktme.proof.guest_ram import GuestRam
+from mktme.proof.guest_ram import ram_of
 from mktme.vm.console import Console, VmError
 from mktme.vm.platform import Vm
 
@@ -72,10 +72,7 @@ def find_canary(vm: Vm, canary: Canary) -> int:
     Raises:
         VmError: it is not there, and then no search of DRAM would mean anything.
     """
-    status = vm.status()
-    if status.qemu_pid is None:
-        raise VmError(f"{vm.name} is not linked to the engine")
-    with GuestRam(status.qemu_pid, vm.config.memory_bytes) as ram:
+    with ram_of(vm) as ram:
         ram_offset = ram.find_page(canary.page)
     if ram_offset is None:
         raise VmError(f"{vm.name} does not hold its canary page")

@@ -17,6 +17,8 @@ import numpy as np
 
 from mktme.engine.errors import MktmeError
 from mktme.engine.xts import PAGE_BYTES
+from mktme.vm.console import VmError
+from mktme.vm.platform import Vm
 
 CHUNK_BYTES: Final = 4 << 20
 _RAM_MEMFD: Final = "/memfd:memory-backend-memfd"
@@ -103,3 +105,16 @@ def _add(inodes: set[int], link: Path) -> bool:
     known = inode in inodes
     inodes.add(inode)
     return not known
+
+
+def ram_of(vm: Vm) -> GuestRam:
+    """The RAM of a VM that an engine follows.
+
+    Raises:
+        VmError: its QEMU is not linked to the engine.
+        GuestRamError: its RAM cannot be read.
+    """
+    pid = vm.status().qemu_pid
+    if pid is None:
+        raise VmError(f"{vm.name} is not linked to the engine")
+    return GuestRam(pid, vm.config.memory_bytes)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mktme.engine.xts import LINE_BYTES, LINES_PER_PAGE, PAGE_BYTES
-from mktme.proof.guest_ram import GuestRam
+from mktme.proof.guest_ram import ram_of
 from mktme.service.client import EngineClient
 from mktme.vm.console import Console, VmError
 from mktme.vm.platform import Vm
@@ -59,12 +59,9 @@ def compare_memory(
     vm: Vm, engine: EngineClient, progress: Progress = lambda _done, _all: None
 ) -> MemoryComparison:
     """Compare every page of a held guest (`Vm.held`) with what DRAM holds of it."""
-    status = vm.status()
-    if status.qemu_pid is None:
-        raise VmError(f"{vm.name} is not linked to the engine")
     nonzero = mismatched = line_marked = page_marked = 0
     size = vm.config.memory_bytes
-    with GuestRam(status.qemu_pid, size) as ram:
+    with ram_of(vm) as ram:
         for ram_offset, plain in ram.chunks():
             decrypted = engine.read(vm.uuid, ram_offset, len(plain))
             expected = _lines(plain)

@@ -29,7 +29,7 @@ from mktme.engine.controller import MemoryController
 from mktme.engine.dram import Dram, sidecar_path, write_sidecar
 from mktme.engine.errors import AddressError, DramFullError, EngineError, KeyIdError, MktmeError
 from mktme.engine.keys import KeyMode, KeyTable, read_key_file
-from mktme.engine.xts import PAGE_BYTES
+from mktme.engine.xts import PAGE_BYTES, wipe
 from mktme.service import wire
 from mktme.service.vms import Vm, describe, own_memory, vm_status
 
@@ -215,7 +215,7 @@ class EngineServer:
                 try:
                     self._keys.program_direct(keyid, request.algorithm, key)
                 finally:
-                    key[:] = bytes(len(key))
+                    wipe(key)
             case KeyMode.RANDOM:
                 self._keys.program_random(keyid, request.algorithm)
             case KeyMode.NO_ENCRYPT:

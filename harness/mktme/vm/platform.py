@@ -232,10 +232,10 @@ class Platform:
             domain = stack.enter_context(Domain(self.host, spec, transcript, label=name))
             with self._changed:
                 self._domains[one] = domain
+                stack.callback(self._domains.pop, one)
                 fault = self._faults.get(one)
             if fault is not None:  # it came before there was a domain to hold
                 domain.hold(f"it is paused: {fault}")
-            stack.callback(self._domains.pop, one)
             if self._aborted:
                 raise VmError(f"{unique} is not wanted any more")
             engine = None
