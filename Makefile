@@ -4,11 +4,12 @@
 BIN := .venv/bin
 SCRIPTS := tools/setup .ci/run tests/live/libvirtd.sh $(addprefix guest-images/tiny/,init canary workload)
 C_SOURCES := $(shell find qemu-plugin tests -name '*.[ch]')
+FUZZ_SECONDS ?= 120
 PIP_COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes \
 	--python-version 3.11 --constraints requirements/constraints.txt \
 	--custom-compile-command 'make lock'
 
-.PHONY: help setup lint check test demo bench schema lock clean
+.PHONY: help setup lint check test fuzz demo bench schema lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
@@ -29,6 +30,9 @@ check: lint ## lint, and the tests that need no VM
 
 test: setup ## every test, live VMs included
 	$(BIN)/pytest tests
+
+fuzz: setup ## coverage-guided fuzzing of every decoder, two minutes
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 demo: setup ## two encrypted guests, and the proofs
 	$(BIN)/mktme demo

@@ -4,7 +4,8 @@
  *
  * The plugin connects to the engine's AF_UNIX/SOCK_SEQPACKET socket and sends one message: a hello,
  * its RAM blocks, its segments, and with them (SCM_RIGHTS) one descriptor per RAM block, then the
- * userfaultfd and /proc/self/pagemap if it tracks pages, then the store map if it tracks stores.
+ * userfaultfd if it has the engine serve faults, or the userfaultfd and /proc/self/pagemap if it
+ * tracks pages (it never does both), then the store map if it tracks stores.
  * The engine answers with one message. After that nobody speaks: either side closing the socket is
  * the only event left.
  *
@@ -28,6 +29,7 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the wire format is the
 #define MKTME_MAX_REASON_BYTES  480
 #define MKTME_CAPABILITY_STORES (1u << 0)
 #define MKTME_CAPABILITY_PAGES  (1u << 1)
+#define MKTME_CAPABILITY_FAULTS (1u << 2)
 
 /* The unit of page tracking, and of the micro-TLB. */
 #define MKTME_PAGE_BYTES 4096u

@@ -2,12 +2,14 @@
 /*
  * The QEMU plugin: finds the guest's RAM, hands it to the engine, and tells the engine where vCPUs
  * store. Its arguments (parse_arguments) are
- *     socket=PATH,vm=UUID,track=stores+pages[,ram-below-4g=BYTES][,check-tlb=on]
+ *     socket=PATH,vm=UUID,track=stores+pages[,datapath=inline][,ram-below-4g=BYTES]
+ *     [,check-tlb=on]
  *
  * What vCPUs store is seen here, line by line. What else writes to RAM is not: devices, firmware
  * loading, exception frames, page-table accessed and dirty bits, and the instructions that QEMU
  * lets write through a host pointer (XSAVE, FXSAVE: target/i386/tcg/access.c). Page tracking sees
- * all of it; the plugin only sets that up (ram_link.c).
+ * all of it; the plugin only sets that up (ram_link.c). With datapath=inline so do page faults:
+ * the engine serves them all, and stores only tell which lines of a page changed.
  */
 #include <pthread.h>
 #include <stdarg.h>
@@ -245,7 +247,13 @@ static bool parse_track(const char *text)
 {
 	options.track_stores = strcmp(text, "stores") == 0 || strcmp(text, "stores+pages") == 0;
 	options.track_pages = strcmp(text, "pages") == 0 || strcmp(text, "stores+pages") == 0;
-	return options.track_stores || options.track_pages;
+	return options.track_stores || options.track_pages || strcmp(text, "off") == 0;
+}
+
+static bool parse_datapath(const char *text)
+{
+	options.take_faults = strcmp(text, "inline") == 0;
+	return options.take_faults || strcmp(text, "shadow") == 0;
 }
 
 static bool parse_ram_below_4g(const char *text)
@@ -278,7 +286,8 @@ static int parse_arguments(int argc, char **argv)
 	} arguments[] = {
 	        {"socket=", parse_socket, "the absolute path of the engine's socket", true},
 	        {"vm=", parse_uuid, "the UUID of the VM", true},
-	        {"track=", parse_track, "stores, pages or stores+pages", true},
+	        {"track=", parse_track, "stores, pages, stores+pages or off", true},
+	        {"datapath=", parse_datapath, "shadow or inline", false},
 	        {"ram-below-4g=", parse_ram_below_4g,
 		 "the bytes of RAM below the PCI hole, in decimal and whole pages", false},
 	        {"check-tlb=", parse_check_tlb, "on or off", false},
@@ -308,6 +317,20 @@ static int parse_arguments(int argc, char **argv)
 	return 0;
 }
 
+static int check_combination(void)
+{
+	if (check_tlb && !options.track_stores)
+		return refuse(
+		        "check-tlb=on checks what track=stores uses: add it, or leave it out");
+	if (options.take_faults && options.track_pages)
+		return refuse("datapath=inline does not track pages, it serves their faults: use "
+		              "track=stores or track=off");
+	if (!options.take_faults && !options.track_stores && !options.track_pages)
+		return refuse("track=off is for datapath=inline: datapath=shadow would see no "
+		              "write at all");
+	return 0;
+}
+
 static int prepare_stores(void)
 {
 	/*
@@ -318,7 +341,8 @@ static int prepare_stores(void)
 	if (MKTME_QEMU_API < 7 && options.vcpus > 1)
 		return refuse(
 		        "track=stores with more than one vCPU needs QEMU 11.1: before it QEMU "
-		        "can abort when two vCPUs boot; use track=pages or one vCPU");
+		        "can abort when two vCPUs boot; use track=%s or one vCPU",
+		        options.take_faults ? "off" : "pages");
 	if (options.vcpus > MKTME_STORE_MAP_MAX_VCPUS)
 		return refuse("track=stores takes at most %d vCPUs, hot-plugged ones included",
 		              MKTME_STORE_MAP_MAX_VCPUS);
@@ -337,11 +361,8 @@ MKTME_EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *inf
 	if (!info->system_emulation || strcmp(info->target_name, "x86_64") != 0)
 		return refuse("this plugin is for qemu-system-x86_64");
 	options.vcpus = (unsigned int)info->system.max_vcpus;
-	if (parse_arguments(argc, argv) < 0)
+	if (parse_arguments(argc, argv) < 0 || check_combination() < 0)
 		return -1;
-	if (check_tlb && !options.track_stores)
-		return refuse(
-		        "check-tlb=on checks what track=stores uses: add it, or leave it out");
 
 	if (options.track_stores) {
 		if (prepare_stores() < 0)

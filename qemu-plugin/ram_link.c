@@ -5,32 +5,22 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
-#include <linux/userfaultfd.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <sys/sysmacros.h>
-#include <sysexits.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
+#include "fatal.h"
 #include "micro_tlb.h"
-
-/* linux/userfaultfd.h of Linux 6.7, for older headers (Debian 12 has those of 6.1). */
-#ifndef UFFD_FEATURE_WP_UNPOPULATED
-#define UFFD_FEATURE_WP_UNPOPULATED (1 << 13)
-#endif
-#ifndef UFFD_FEATURE_WP_ASYNC
-#define UFFD_FEATURE_WP_ASYNC (1 << 15)
-#endif
+#include "userfaultfd.h"
 
 /* How QEMU names the memory of -object memory-backend-memfd, as /proc/PID/maps shows it. */
 #define RAM_MAPPING_NAME "/memfd:memory-backend-memfd"
@@ -56,22 +46,6 @@ struct message {
 	int descriptors[MAX_DESCRIPTORS];
 };
 
-/*
- * _exit and not exit: QEMU's atexit handlers take locks that the threads they would interrupt hold,
- * and while they wait the guest goes on running.
- */
-static _Noreturn __attribute__((format(printf, 1, 2))) void fatal(const char *format, ...)
-{
-	char line[1024];
-	va_list arguments;
-
-	va_start(arguments, format);
-	vsnprintf(line, sizeof(line), format, arguments);
-	va_end(arguments);
-	dprintf(STDERR_FILENO, "mktme: %s\n", line);
-	_exit(EX_SOFTWARE);
-}
-
 /* Add one line of /proc/self/maps to the blocks if it is guest RAM. */
 static void add_mapping(const char *line, struct ram_block *blocks, size_t *block_count)
 {
@@ -82,7 +56,7 @@ static void add_mapping(const char *line, struct ram_block *blocks, size_t *bloc
 
 	if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %4s %" SCNx64 " %x:%x %" SCNu64 " %n", &start,
 	           &end, permissions, &offset, &major, &minor, &inode, &name_at) != 7)
-		fatal("cannot make sense of /proc/self/maps");
+		mktme_fatal("cannot make sense of /proc/self/maps");
 	const char *name = line + name_at;
 	size_t name_size = strlen(RAM_MAPPING_NAME);
 
@@ -90,7 +64,7 @@ static void add_mapping(const char *line, struct ram_block *blocks, size_t *bloc
 	    (name[name_size] != '\0' && name[name_size] != ' ' && name[name_size] != '\n'))
 		return;
 	if (permissions[3] != 's')
-		fatal("guest RAM is a private mapping: add share=on to memory-backend-memfd");
+		mktme_fatal("guest RAM is a private mapping: add share=on to memory-backend-memfd");
 
 	for (size_t i = 0; i < *block_count; i++) {
 		struct ram_block *block = &blocks[i];
@@ -99,14 +73,15 @@ static void add_mapping(const char *line, struct ram_block *blocks, size_t *bloc
 			continue;
 		/* The kernel shows a mapping in pieces where their flags differ. */
 		if (start != block->host_address + block->size_bytes || offset != block->size_bytes)
-			fatal("a guest RAM block is not mapped in one piece (%" PRIx64 ")", start);
+			mktme_fatal("a guest RAM block is not mapped in one piece (%" PRIx64 ")",
+			            start);
 		block->size_bytes += end - start;
 		return;
 	}
 	if (*block_count == MKTME_MAX_BLOCKS)
-		fatal("the guest has more than %d RAM blocks", MKTME_MAX_BLOCKS);
+		mktme_fatal("the guest has more than %d RAM blocks", MKTME_MAX_BLOCKS);
 	if (offset != 0)
-		fatal("a guest RAM block is not mapped from its start (%" PRIx64 ")", start);
+		mktme_fatal("a guest RAM block is not mapped from its start (%" PRIx64 ")", start);
 	blocks[(*block_count)++] = (struct ram_block){
 	        .device = makedev(major, minor),
 	        .inode = inode,
@@ -123,14 +98,14 @@ static void find_mappings(struct ram_block *blocks, size_t *block_count)
 	size_t size = 0;
 
 	if (!maps)
-		fatal("cannot open /proc/self/maps: %s", strerror(errno));
+		mktme_fatal("cannot open /proc/self/maps: %s", strerror(errno));
 	while (getline(&line, &size, maps) >= 0)
 		add_mapping(line, blocks, block_count);
 	free(line);
 	fclose(maps);
 	if (*block_count == 0)
-		fatal("guest RAM must be a shared memfd: -machine memory-backend=ID "
-		      "-object memory-backend-memfd,id=ID,share=on,size=SIZE");
+		mktme_fatal("guest RAM must be a shared memfd: -machine memory-backend=ID "
+		            "-object memory-backend-memfd,id=ID,share=on,size=SIZE");
 }
 
 /* Find QEMU's own descriptors of the blocks: mappings name only their inodes. */
@@ -140,7 +115,7 @@ static void find_descriptors(struct ram_block *blocks, size_t block_count)
 	struct dirent *entry;
 
 	if (!directory)
-		fatal("cannot open /proc/self/fd: %s", strerror(errno));
+		mktme_fatal("cannot open /proc/self/fd: %s", strerror(errno));
 	while ((entry = readdir(directory))) {
 		int fd = atoi(entry->d_name); /* "." and ".." are 0, and no harm. */
 		struct stat status;
@@ -153,8 +128,9 @@ static void find_descriptors(struct ram_block *blocks, size_t block_count)
 			if (block->device != status.st_dev || block->inode != status.st_ino)
 				continue;
 			if ((uint64_t)status.st_size != block->size_bytes)
-				fatal("a guest RAM block is mapped in part only (%" PRIx64 ")",
-				      block->host_address);
+				mktme_fatal("a guest RAM block is mapped in part only (%" PRIx64
+				            ")",
+				            block->host_address);
 			if (block->fd < 0 || fd < block->fd)
 				block->fd = fd;
 		}
@@ -162,8 +138,8 @@ static void find_descriptors(struct ram_block *blocks, size_t block_count)
 	closedir(directory);
 	for (size_t i = 0; i < block_count; i++) {
 		if (blocks[i].fd < 0)
-			fatal("a guest RAM block has no open descriptor (%" PRIx64 ")",
-			      blocks[i].host_address);
+			mktme_fatal("a guest RAM block has no open descriptor (%" PRIx64 ")",
+			            blocks[i].host_address);
 	}
 }
 
@@ -188,6 +164,28 @@ static size_t find_ram(struct ram_block *ret_blocks)
 	return block_count;
 }
 
+/*
+ * What datapath=inline cannot be used with. A few pages that are in memory by now do no harm: the
+ * engine finds them.
+ */
+static void check_inline(const struct ram_block *blocks, size_t block_count)
+{
+	for (size_t i = 0; i < block_count; i++) {
+		struct statfs file_system;
+		struct stat status;
+
+		if (fstatfs(blocks[i].fd, &file_system) < 0 || fstat(blocks[i].fd, &status) < 0)
+			mktme_fatal("cannot tell what guest RAM is made of: %s", strerror(errno));
+		if (file_system.f_bsize != MKTME_PAGE_BYTES)
+			mktme_fatal("guest RAM is made of pages of %ld KiB, datapath=inline needs "
+			            "4 KiB: leave out hugetlb=on, or use datapath=shadow",
+			            file_system.f_bsize / 1024);
+		if ((uint64_t)status.st_blocks * 512 >= blocks[i].size_bytes)
+			mktme_fatal("all of a guest RAM block is in memory before the engine has "
+			            "it: leave out prealloc=on, or use datapath=shadow");
+	}
+}
+
 static size_t lay_out(const struct mktme_link_options *options, uint64_t ram_bytes,
                       struct mktme_hello_segment ret[2])
 {
@@ -198,64 +196,11 @@ static size_t lay_out(const struct mktme_link_options *options, uint64_t ram_byt
 	const uint64_t always_below_4g = UINT64_C(1) << 31;
 
 	if (options->ram_below_4g_bytes == 0 && ram_bytes > always_below_4g)
-		fatal("more than 2 GiB of guest RAM is split around the PCI hole: pass "
-		      "ram-below-4g=BYTES (the size of the RAM at address 0 in HMP 'info mtree "
-		      "-f')");
+		mktme_fatal(
+		        "more than 2 GiB of guest RAM is split around the PCI hole: pass "
+		        "ram-below-4g=BYTES (the size of the RAM at address 0 in HMP 'info mtree "
+		        "-f')");
 	return mktme_segments_init(ram_bytes, options->ram_below_4g_bytes ?: always_below_4g, ret);
-}
-
-static int open_userfaultfd(void)
-{
-	const int flags = O_CLOEXEC | O_NONBLOCK;
-	int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
-	int fd;
-
-	if (device >= 0) {
-		fd = ioctl(device, USERFAULTFD_IOC_NEW, flags);
-		close(device);
-		if (fd >= 0)
-			return fd;
-	}
-	/*
-	 * Without access to the device anyone may still have one that does not stop the kernel's
-	 * own faults (Linux 5.11). WP_ASYNC stops no fault at all, it only takes notes, so those of
-	 * the kernel are in them nevertheless.
-	 */
-	fd = (int)syscall(SYS_userfaultfd, flags | UFFD_USER_MODE_ONLY);
-	if (fd < 0)
-		fatal("cannot make a userfaultfd: %s (allow QEMU's user to open /dev/userfaultfd, "
-		      "or use track=stores)",
-		      strerror(errno));
-	return fd;
-}
-
-/* Have the kernel keep a record, page by page, of whoever writes to guest RAM. */
-static int track_writes(const struct ram_block *blocks, size_t block_count)
-{
-	struct uffdio_api api = {
-	        .api = UFFD_API,
-	        .features = UFFD_FEATURE_WP_HUGETLBFS_SHMEM | UFFD_FEATURE_WP_UNPOPULATED |
-		            UFFD_FEATURE_WP_ASYNC,
-	};
-	int fd = open_userfaultfd();
-
-	if (ioctl(fd, UFFDIO_API, &api) < 0)
-		fatal("the kernel has no asynchronous write tracking: %s (it needs Linux 6.7; on "
-		      "an "
-		      "older one use track=stores)",
-		      strerror(errno));
-	for (size_t i = 0; i < block_count; i++) {
-		struct uffdio_register range = {
-		        .range = {.start = blocks[i].host_address, .len = blocks[i].size_bytes},
-		        .mode = UFFDIO_REGISTER_MODE_WP,
-		};
-
-		if (ioctl(fd, UFFDIO_REGISTER, &range) < 0)
-			fatal("cannot track writes to guest RAM: %s (does something else in QEMU, "
-			      "such as a background snapshot, use userfaultfd?)",
-			      strerror(errno));
-	}
-	return fd;
 }
 
 static int open_pagemap(void)
@@ -263,7 +208,8 @@ static int open_pagemap(void)
 	int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 
 	if (fd < 0)
-		fatal("cannot open /proc/self/pagemap: %s (is /proc mounted?)", strerror(errno));
+		mktme_fatal("cannot open /proc/self/pagemap: %s (is /proc mounted?)",
+		            strerror(errno));
 	return fd;
 }
 
@@ -273,14 +219,15 @@ static int connect_to_engine(const struct sockaddr_un *address)
 	int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
 
 	if (fd < 0)
-		fatal("cannot make a socket: %s", strerror(errno));
+		mktme_fatal("cannot make a socket: %s", strerror(errno));
 	if (connect(fd, (const struct sockaddr *)address, sizeof(*address)) < 0)
-		fatal("cannot connect to the engine at %s: %s (is it running, and QEMU's user "
-		      "allowed to?)",
-		      address->sun_path, strerror(errno));
+		mktme_fatal(
+		        "cannot connect to the engine at %s: %s (is it running, and QEMU's user "
+		        "allowed to?)",
+		        address->sun_path, strerror(errno));
 	if (setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof(timeout)) < 0 ||
 	    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof(timeout)) < 0)
-		fatal("cannot set the socket's timeout: %s", strerror(errno));
+		mktme_fatal("cannot set the socket's timeout: %s", strerror(errno));
 	return fd;
 }
 
@@ -309,7 +256,7 @@ static void say_hello(int socket, struct message *message)
 		sent = sendmsg(socket, &header, MSG_NOSIGNAL);
 	while (sent < 0 && errno == EINTR);
 	if (sent < 0)
-		fatal("cannot send guest RAM to the engine: %s", strerror(errno));
+		mktme_fatal("cannot send guest RAM to the engine: %s", strerror(errno));
 }
 
 static void await_answer(int socket)
@@ -324,18 +271,20 @@ static void await_answer(int socket)
 		got = recv(socket, &answer, sizeof(answer), MSG_TRUNC);
 	while (got < 0 && errno == EINTR);
 	if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
-		fatal("the engine did not answer within %d s", ANSWER_TIMEOUT_S);
+		mktme_fatal("the engine did not answer within %d s", ANSWER_TIMEOUT_S);
 	if (got < 0)
-		fatal("cannot receive the engine's answer: %s", strerror(errno));
+		mktme_fatal("cannot receive the engine's answer: %s", strerror(errno));
 	if (got == 0)
-		fatal("the engine closed the connection without an answer");
+		mktme_fatal("the engine closed the connection without an answer");
 	if ((size_t)got < sizeof(answer.head) || (size_t)got > sizeof(answer) ||
 	    memcmp(answer.head.magic, MKTME_ANSWER_MAGIC, sizeof(answer.head.magic)) != 0 ||
 	    answer.head.version != MKTME_LINK_VERSION ||
 	    answer.head.reason_bytes != (size_t)got - sizeof(answer.head))
-		fatal("the engine's answer is not of protocol version %d", MKTME_LINK_VERSION);
+		mktme_fatal("the engine's answer is not of protocol version %d",
+		            MKTME_LINK_VERSION);
 	if (answer.head.status != 0)
-		fatal("the engine refused: %.*s", (int)answer.head.reason_bytes, answer.reason);
+		mktme_fatal("the engine refused: %.*s", (int)answer.head.reason_bytes,
+		            answer.reason);
 }
 
 /*
@@ -349,7 +298,7 @@ static void *watch_engine(void *argument)
 	prctl(PR_SET_NAME, "mktme-link");
 	while (poll(&engine, 1, -1) < 0 && errno == EINTR)
 		;
-	fatal("the engine is gone; stopping QEMU so that the guest does not run unprotected");
+	mktme_fatal("the engine is gone; stopping QEMU so that the guest does not run unprotected");
 }
 
 static void start_watcher(int socket)
@@ -368,17 +317,19 @@ static void start_watcher(int socket)
 	pthread_attr_destroy(&attributes);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	if (error)
-		fatal("cannot start a thread: %s", strerror(error));
+		mktme_fatal("cannot start a thread: %s", strerror(error));
 }
 
 /*
  * Every descriptor made here stays open for life. The engine has copies, but were ours closed when
- * it dies, the userfaultfd would be gone with the last of them.
+ * it dies, the userfaultfd would be gone with the last of them: the guest would read zeros in place
+ * of its memory. As it is, whoever needs a page waits, until watch_engine ends QEMU.
  */
 void mktme_ram_link_init(const struct mktme_link_options *options, struct mktme_ram_link *ret)
 {
 	struct ram_block blocks[MKTME_MAX_BLOCKS];
 	const size_t block_count = find_ram(blocks);
+	struct mktme_hello_block hello_blocks[MKTME_MAX_BLOCKS];
 	struct message message = {0};
 	struct mktme_hello *hello = &message.hello;
 	uint8_t *tail = message.tail;
@@ -394,24 +345,31 @@ void mktme_ram_link_init(const struct mktme_link_options *options, struct mktme_
 
 	hello->block_count = (uint16_t)block_count;
 	for (size_t i = 0; i < block_count; i++) {
-		struct mktme_hello_block block = {
+		hello_blocks[i] = (struct mktme_hello_block){
 		        .host_address = blocks[i].host_address,
 		        .size_bytes = blocks[i].size_bytes,
 		};
-
-		tail = mempcpy(tail, &block, sizeof(block));
 		message.descriptors[hello->descriptor_count++] = blocks[i].fd;
-		ram_bytes += block.size_bytes;
+		ram_bytes += blocks[i].size_bytes;
 	}
+	tail = mempcpy(tail, hello_blocks, block_count * sizeof(hello_blocks[0]));
 
 	ret->segment_count = lay_out(options, ram_bytes, ret->segments);
 	hello->segment_count = (uint16_t)ret->segment_count;
 	tail = mempcpy(tail, ret->segments, ret->segment_count * sizeof(ret->segments[0]));
 	hello->total_bytes = (uint32_t)(tail - (uint8_t *)&message);
 
+	if (options->take_faults) {
+		check_inline(blocks, block_count);
+		hello->capabilities |= MKTME_CAPABILITY_FAULTS;
+		/* From here on nothing gets into RAM but through the engine. */
+		message.descriptors[hello->descriptor_count++] =
+		        mktme_take_faults(hello_blocks, block_count);
+	}
 	if (options->track_pages) {
 		hello->capabilities |= MKTME_CAPABILITY_PAGES;
-		message.descriptors[hello->descriptor_count++] = track_writes(blocks, block_count);
+		message.descriptors[hello->descriptor_count++] =
+		        mktme_track_writes(hello_blocks, block_count);
 		message.descriptors[hello->descriptor_count++] = open_pagemap();
 	}
 	if (options->track_stores) {
@@ -419,7 +377,7 @@ void mktme_ram_link_init(const struct mktme_link_options *options, struct mktme_
 		                                 &ret->store_map);
 
 		if (error)
-			fatal("cannot make the store map: %s", strerror(error));
+			mktme_fatal("cannot make the store map: %s", strerror(error));
 		hello->capabilities |= MKTME_CAPABILITY_STORES;
 		hello->store_map_bytes = ret->store_map.size_bytes;
 		message.descriptors[hello->descriptor_count++] = ret->store_map.fd;

@@ -16,6 +16,7 @@ struct mktme_link_options {
 	uint8_t vm_uuid[16];
 	bool track_stores;
 	bool track_pages;
+	bool take_faults;            /* Instead of track_pages. */
 	uint64_t ram_below_4g_bytes; /* 0: not given. */
 	unsigned int vcpus;
 };

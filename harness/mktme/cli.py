@@ -10,14 +10,12 @@ import enum
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Final
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -29,20 +27,37 @@ except ImportError as missing:
     print(f"mktme: libvirt cannot be loaded ({missing})\n  hint: make setup", file=sys.stderr)
     sys.exit(3)  # ExitCode.ENVIRONMENT
 
+from mktme.cli_keyid import keyid_app
+from mktme.cli_output import err, make_table, out
+from mktme.cli_platform import platform_app
+from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
-from mktme.datapath.uffd import WriteTrackingError
-from mktme.engine.errors import DramError, DramFullError, KeyMaterialError, MktmeError
+from mktme.datapath.uffd import FaultServiceError, WriteTrackingError
+from mktme.datapath.window import Policy
+from mktme.engine.errors import (
+    DramError,
+    DramFullError,
+    KeyIdError,
+    KeyMaterialError,
+    MktmeError,
+)
+from mktme.engine.firmware import FirmwareError, PlatformConfigError
 from mktme.engine.keys import KeyMode
 from mktme.engine.xts import Algorithm
 from mktme.proof import runs
 from mktme.proof.bench import BenchReport, bench
+from mktme.proof.demand import demo_demand, run_demand
 from mktme.proof.isolation import IsolationMatrix
 from mktme.proof.report import Check, GuestReport, RunReport, write_json
 from mktme.proof.runs import Narrator
 from mktme.proof.transparency import Progress as StepProgress
 from mktme.service.client import EngineRefusedError
+from mktme.service.platform_file import read_platform
+from mktme.service.wire import RoleError
 from mktme.vm import doctor, images
-from mktme.vm.platform import VmConfig, check_config, check_sizes, parse_size
+from mktme.vm.pages import parse_pages
+from mktme.vm.platform import Platform, VmConfig, check_data_path, check_sizes
+from mktme.vm.sizes import parse_size, parse_window
 
 
 class ExitCode(enum.IntEnum):
@@ -56,17 +71,21 @@ class ExitCode(enum.IntEnum):
     INTERRUPTED = 130
 
 
-class DataPath(enum.Enum):
-    """How guest memory reaches the engine."""
-
-    SHADOW = "shadow"
-
-
-_USAGE_ERRORS: Final = (UsageError, images.UnknownGuestError)
-_ENVIRONMENT_ERRORS: Final = (EnvironmentUnfitError, WriteTrackingError, images.ImageError)
+_USAGE_ERRORS: Final = (UsageError, PlatformConfigError, images.UnknownGuestError)
+_ENVIRONMENT_ERRORS: Final = (
+    EnvironmentUnfitError,
+    WriteTrackingError,
+    FaultServiceError,
+    FirmwareError,
+    images.ImageError,
+)
 # The engine's own errors come over its socket by name.
-_ENGINE_USAGE_ERRORS: Final = {KeyMaterialError.__name__}
-_ENGINE_ENVIRONMENT_ERRORS: Final = {DramError.__name__, DramFullError.__name__}
+_ENGINE_USAGE_ERRORS: Final = {
+    one.__name__ for one in (KeyMaterialError, KeyIdError, PlatformConfigError, RoleError)
+}
+_ENGINE_ENVIRONMENT_ERRORS: Final = {
+    one.__name__ for one in (DramError, DramFullError, FirmwareError)
+}
 
 app = typer.Typer(
     name="mktme",
@@ -77,8 +96,8 @@ app = typer.Typer(
     epilog="Exit status: 0 all well, 1 a proof failed, 2 usage, 3 this machine is not fit"
     " (mktme doctor), 4 the run itself failed, 130 interrupted.",
 )
-out = Console()
-err = Console(stderr=True)
+app.add_typer(platform_app, name="platform")
+app.add_typer(keyid_app, name="keyid")
 
 
 GuestOption = Annotated[str, typer.Option(help="Guest to boot: a recipe in guest-images/.")]
@@ -87,7 +106,13 @@ MemoryOption = Annotated[
 ]
 VcpusOption = Annotated[int, typer.Option(min=1, max=255, help="Guest vCPUs.")]
 AlgorithmOption = Annotated[Algorithm, typer.Option(help="The guests' cipher.")]
-TrackOption = Annotated[Track, typer.Option(help="What tells that memory was written.")]
+TrackOption = Annotated[
+    Track | None,
+    typer.Option(
+        help="What tells that memory was written (inline: stores, to count them).",
+        show_default="stores+pages; inline: none",
+    ),
+]
 ConnectOption = Annotated[
     str | None,
     typer.Option(
@@ -98,6 +123,10 @@ DramOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Keep the DRAM image here, its description beside it."),
 ]
+PlatformOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="The platform: a platform.toml (mktme platform show)."),
+]
 JsonOption = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.")
 ]
@@ -107,7 +136,18 @@ JsonOption = Annotated[
 def run(
     guest: GuestOption = "tiny",
     datapath: Annotated[DataPath, typer.Option(help="How memory is encrypted.")] = DataPath.SHADOW,
-    track: TrackOption = Track.STORES_AND_PAGES,
+    track: TrackOption = None,
+    window: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE|SHARE",
+            help="inline: the most plaintext there may be, such as 128M or 25%.",
+            show_default="25%",
+        ),
+    ] = None,
+    policy: Annotated[
+        Policy, typer.Option(help="inline: which pages leave a full window.")
+    ] = Policy.TWO_QUEUES,
     memory: MemoryOption = "512M",
     vcpus: VcpusOption = 1,
     guests: Annotated[
@@ -127,25 +167,66 @@ def run(
     reference: Annotated[
         bool, typer.Option(help="Run the guest on plain QEMU too, to compare what it computes.")
     ] = True,
+    pages: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SIZE@ADDRESS=USE",
+            help="Pages under another KeyID, such as 16M@64M=shared; uses: shared, no-encrypt,"
+            " other-key. May be given again.",
+        ),
+    ] = None,
+    platform: PlatformOption = None,
     dram: DramOption = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the guests running until Ctrl-C.")
+    ] = False,
     connect: ConnectOption = None,
     json: JsonOption = None,
 ) -> None:
     """Boot guests with encrypted memory, let them work, and prove what is claimed of them."""
-    del datapath  # one so far
     mode = KeyMode.DIRECT if key_file is not None else KeyMode.RANDOM
     if no_encrypt:
         if key_file is not None:
             raise UsageError("--no-encrypt has no use for --key-file", hint="leave one of them out")
         mode = KeyMode.NO_ENCRYPT
     _check_json(json)
-    config = _config(
-        guest, memory, vcpus, track=track, algorithm=algorithm, mode=mode, key_file=key_file
+    memory_bytes = _memory_bytes(memory, vcpus)
+    window_bytes = None if window is None else parse_window(window, memory_bytes)
+    check_data_path(datapath, track, window_bytes, memory_bytes)
+    if track is None and datapath is DataPath.SHADOW:
+        track = Track.STORES_AND_PAGES
+    ranges = tuple(parse_pages(one) for one in pages or ())
+    for one in ranges:
+        one.ram_offset(memory_bytes)
+    firmware = None if platform is None else read_platform(platform)
+    run_demand(memory_bytes, algorithm, ranges, guests).check(firmware)
+    config = VmConfig(
+        _image(guest),
+        memory_bytes=memory_bytes,
+        vcpus=vcpus,
+        datapath=datapath,
+        track=track,
+        window_bytes=window_bytes,
+        policy=policy,
+        algorithm=algorithm,
+        mode=mode,
+        key_file=key_file,
+        pages=ranges,
     )
-    options = runs.RunOptions(connect=connect, dram=dram, reference=reference)
-    with _narrate() as narrator:
+    options = runs.RunOptions(connect=connect, dram=dram, reference=reference, platform=firmware)
+    with ExitStack() as telling:
+        narrator = telling.enter_context(_narrate())
+
+        def leave_running(report: RunReport, platform: Platform) -> None:
+            telling.close()  # else progress is drawn over what follows
+            _deliver(report, json)
+            _wait(platform)
+
+        options.keep = leave_running if keep else None
         report = runs.run(config, narrator, guests=guests, options=options)
-    _finish(report, json)
+    if not keep:
+        _deliver(report, json)
+    _conclude(report)
 
 
 @app.command()
@@ -153,15 +234,20 @@ def demo(
     guest: GuestOption = "tiny",
     memory: MemoryOption = "512M",
     algorithm: AlgorithmOption = Algorithm.AES_XTS_128,
+    platform: PlatformOption = None,
     connect: ConnectOption = None,
     json: JsonOption = None,
 ) -> None:
     """The main job: two guests side by side under different keys, all proofs and their controls."""
     _check_json(json)
-    config = _config(guest, memory, 1, algorithm=algorithm)
+    memory_bytes = _memory_bytes(memory)
+    firmware = None if platform is None else read_platform(platform)
+    demo_demand(memory_bytes, algorithm).check(firmware)
+    config = VmConfig(_image(guest), memory_bytes=memory_bytes, algorithm=algorithm)
     with _narrate() as narrator:
-        report = runs.demo(config, narrator, runs.RunOptions(connect=connect))
-    _finish(report, json)
+        report = runs.demo(config, narrator, runs.RunOptions(connect=connect, platform=firmware))
+    _deliver(report, json)
+    _conclude(report)
 
 
 @app.command("doctor")
@@ -170,7 +256,7 @@ def examine(json: JsonOption = None) -> None:
     _check_json(json)
     with err.status("looking around"):
         findings = doctor.examine()
-    table = _table("This machine", "", "check", "found", "what mends it")
+    table = make_table("This machine", "", "check", "found", "what mends it")
     for finding in findings:
         state = "[green]ok[/]" if finding.fit else "[red]unfit[/]"
         table.add_row(state, finding.name, escape(finding.found), escape(finding.remedy or ""))
@@ -190,7 +276,8 @@ def measure(
 ) -> None:
     """Measure what the configurations cost, against plain TCG in the same run."""
     _check_json(json)
-    config = _config(guest, memory, 1)
+    memory_bytes = _memory_bytes(memory)
+    config = VmConfig(_image(guest), memory_bytes=memory_bytes)
     with _narrate() as narrator:
         report = bench(config, rounds, narrator)
     _print_bench(report)
@@ -222,15 +309,16 @@ def _exit_code(error: MktmeError) -> ExitCode:
     return ExitCode.RUN_FAILED
 
 
-def _config(guest: str, memory: str, vcpus: int, **fields: object) -> VmConfig:
-    """The guest as asked for; sizes are checked before an image is built for it."""
-    size = parse_size(memory)
-    check_sizes(size, vcpus)
+def _memory_bytes(memory: str, vcpus: int = 1) -> int:
+    """A guest's memory as asked for, checked with its vCPUs before an image is built for it."""
+    memory_bytes = parse_size(memory)
+    check_sizes(memory_bytes, vcpus)
+    return memory_bytes
+
+
+def _image(guest: str) -> images.GuestImage:
     with err.status(f"guest image {escape(guest)}"):
-        image = images.ensure(guest, lambda line: err.print(line, style="dim", markup=False))
-    config = VmConfig(image, memory_bytes=size, vcpus=vcpus, **fields)  # type: ignore[arg-type]
-    check_config(config)
-    return config
+        return images.ensure(guest, lambda line: err.print(line, style="dim", markup=False))
 
 
 def _check_json(path: Path | None) -> None:
@@ -295,16 +383,34 @@ def _narrate() -> Iterator[Narrator]:
         yield _Bars(progress)
 
 
-def _finish(report: RunReport, json: Path | None) -> None:
+def _wait(platform: Platform) -> None:
+    """Leave all as it is until the user has seen enough."""
+    lines = (
+        "running until Ctrl-C; meanwhile, in another terminal: mktme keyid list",
+        f"control socket {platform.control_socket}",
+    )
+    with suppress(KeyboardInterrupt):
+        for line in lines:
+            err.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        platform.wait_for_trouble()
+
+
+def _deliver(report: RunReport, json: Path | None) -> None:
+    _print_report(report)
+    if json is not None:
+        write_json(json, report)
+
+
+def _print_report(report: RunReport) -> None:
     out.print(_guest_table(report.guests))
+    if any(guest.paging for guest in report.guests):
+        out.print(_window_table(report.guests))
     out.print(_check_table(report.checks))
     if report.isolation is not None:
         out.print(_isolation_table(report.isolation))
     if report.dram is not None:
         line = f"DRAM image {report.dram}, described by {report.sidecar}"
         out.print(line, markup=False, soft_wrap=True)
-    if json is not None:
-        write_json(json, report)
     passed = sum(check.passed for check in report.checks)
     verdict = "[green]passed[/]" if report.passed else "[red]FAILED[/]"
     out.print(
@@ -314,42 +420,62 @@ def _finish(report: RunReport, json: Path | None) -> None:
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _conclude(report: RunReport) -> None:
     if not report.passed:
         raise typer.Exit(ExitCode.PROOF_FAILED)
-
-
-def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
-    """A table that fits 80 columns where its text does."""
-    table = Table(
-        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False
-    )
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    return table
 
 
 def _guest_table(guests: tuple[GuestReport, ...]) -> Table:
     figures = ("boot", "work", "CPU lines", "other lines")
     ciphers = {guest.algorithm.value for guest in guests if guest.algorithm}
     title = f"Guests, {guests[0].memory_bytes >> 20} MiB each, {', '.join(sorted(ciphers))}"
-    table = _table(title, "guest", "tracker", "KeyID", *figures, right=figures)
+    table = make_table(title, "guest", "tracker", "KeyID", *figures, right=figures)
     for guest in guests:
         traffic = guest.traffic
+        source = traffic or guest.paging
+        stored = None if source is None else source.lines_stored
         has_key = guest.keyid is not None and guest.key_mode is not None
         table.add_row(
             guest.name,
-            guest.track.value if guest.track else "plain QEMU",
+            _data_path(guest),
             f"{guest.keyid} {guest.key_mode.value}" if has_key and guest.key_mode else "-",
             f"{guest.boot_s:.1f} s",
             f"{guest.workload_s:.1f} s" if guest.checksums else "-",
-            f"{traffic.lines_stored:,}" if traffic and guest.counts_stores else "-",
+            f"{stored:,}" if stored is not None and guest.counts_stores else "-",
             f"{traffic.lines_other:,}" if traffic and guest.counts_pages else "-",
         )
     return table
 
 
+def _data_path(guest: GuestReport) -> str:
+    if guest.paging is not None:
+        return f"inline {guest.paging.window_bytes >> 20}M"
+    return guest.track.value if guest.track else "plain QEMU"
+
+
+def _window_table(guests: tuple[GuestReport, ...]) -> Table:
+    figures = ("window", "peak", "faults", "pages in", "read ahead", "pages out")
+    table = make_table("Windows", "guest", "policy", *figures, right=figures)
+    for guest in guests:
+        paging = guest.paging
+        if paging is not None:
+            table.add_row(
+                guest.name,
+                paging.policy.value,
+                f"{paging.window_bytes / (1 << 20):.1f} M",
+                f"{paging.peak_bytes / (1 << 20):.1f} M",
+                f"{paging.faults:,}",
+                f"{paging.pages_fetched:,}",
+                f"{paging.pages_read_ahead:,}",
+                f"{paging.pages_evicted:,}",
+            )
+    return table
+
+
 def _check_table(checks: tuple[Check, ...]) -> Table:
-    table = _table("Proofs and their controls", "", "proof", "of", "claim", "found")
+    table = make_table("Proofs and their controls", "", "proof", "of", "claim", "found")
     for check in checks:
         table.add_row(
             "[green]pass[/]" if check.passed else "[red]FAIL[/]",
@@ -365,7 +491,7 @@ def _isolation_table(matrix: IsolationMatrix) -> Table:
     columns = (
         f"KeyID {keyid} ({name})" for name, keyid in zip(matrix.names, matrix.keyids, strict=True)
     )
-    table = _table("Isolation: the canary page of each VM, read with each KeyID", "", *columns)
+    table = make_table("Isolation: the canary page of each VM, read with each KeyID", "", *columns)
     for name, cells in zip(matrix.names, matrix.readable, strict=True):
         table.add_row(name, *("readable" if cell else "[dim]noise[/]" for cell in cells))
     return table
@@ -374,7 +500,7 @@ def _isolation_table(matrix: IsolationMatrix) -> Table:
 def _print_bench(report: BenchReport) -> None:
     figures = ("boot", "work", "together", "ratio", "engine CPU", "engine peak")
     title = f"Guest time, medians of {report.rounds} rounds"
-    table = _table(title, "configuration", *figures, right=figures)
+    table = make_table(title, "configuration", *figures, right=figures)
     for one in report.configurations:
         cpu, memory = one.engine_cpu_share, one.engine_memory
         table.add_row(
@@ -387,16 +513,19 @@ def _print_bench(report: BenchReport) -> None:
             "-" if memory is None else f"{memory.peak >> 20} MiB",
         )
     out.print(table)
-    xts = report.xts
+    xts, engine = report.xts, report.engine
     out.print(
         f"XTS, {xts.batch_bytes >> 10} KiB of 64-byte units:"
         f" {xts.engine_bytes_per_s / 1e9:.2f} GB/s;"
         f" openssl speed, 4096-byte units: {xts.openssl_bytes_per_s / 1e9:.2f} GB/s;"
-        f" ratio {xts.ratio:.3f}",
+        f" ratio {xts.ratio:.3f}\n"
+        f"Over the socket: {engine.rekey_bytes >> 20} MiB re-keyed at"
+        f" {engine.rekey_bytes_per_s / 1e9:.2f} GB/s; RDMSR {engine.rdmsr_s * 1e3:.2f} ms;"
+        f" PCONFIG {engine.pconfig_s * 1e3:.2f} ms",
         soft_wrap=True,
         highlight=False,
     )
-    targets = _table("Targets", "", "figure", "is", "to reach", right=("is", "to reach"))
+    targets = make_table("Targets", "", "figure", "is", "to reach", right=("is", "to reach"))
     for target in report.targets:
         targets.add_row(
             "[green]met[/]" if target.met else "[red]missed[/]",

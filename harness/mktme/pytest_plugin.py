@@ -112,12 +112,14 @@ def vm_config(
     *,
     guest: str = "tiny",
     datapath: str = "shadow",
-    track: str | None = "stores+pages",
+    track: str | None = "",
+    window: str | None = None,
     memory: str = "512M",
     vcpus: int = 1,
     algorithm: str = "aes-xts-128",
     key_file: Path | None = None,
     encrypt: bool = True,
+    pages: tuple[str, ...] = (),
     check_tlb: bool = False,
 ) -> VmConfig:
     """A guest's configuration from the marker's words, which are the command line's.
@@ -125,25 +127,33 @@ def vm_config(
     Raises:
         UsageError: a word that the command line would not take either.
     """
+    from mktme.datapath.kinds import DataPath
     from mktme.datapath.shadow import Track
     from mktme.engine.keys import KeyMode
     from mktme.engine.xts import Algorithm
     from mktme.vm import images
     from mktme.vm.host import UsageError
-    from mktme.vm.platform import VmConfig, check_config, parse_size
+    from mktme.vm.pages import parse_pages
+    from mktme.vm.platform import VmConfig, check_config
+    from mktme.vm.sizes import parse_size, parse_window
 
-    if datapath != "shadow":
-        raise UsageError(f"no data path {datapath!r}", hint="shadow")
+    if datapath not in {one.value for one in DataPath}:
+        raise UsageError(f"no data path {datapath!r}", hint="shadow, inline")
+    if track == "":
+        track = "stores+pages" if datapath == "shadow" else None
     mode = KeyMode.DIRECT if key_file is not None else KeyMode.RANDOM
     try:
         config = VmConfig(
             images.ensure(guest),
             memory_bytes=parse_size(memory),
             vcpus=vcpus,
+            datapath=DataPath(datapath),
             track=None if track is None else Track(track),
+            window_bytes=None if window is None else parse_window(window, parse_size(memory)),
             algorithm=Algorithm(algorithm),
             mode=mode if encrypt else KeyMode.NO_ENCRYPT,
             key_file=key_file,
+            pages=tuple(parse_pages(one) for one in pages),
             check_tlb=check_tlb,
         )
     except ValueError as error:
@@ -155,13 +165,13 @@ def vm_config(
 @contextmanager
 def _fitness() -> Iterator[None]:
     """Skip what this machine cannot run, and say why; in CI, where it must run, fail."""
-    from mktme.datapath.uffd import WriteTrackingError
+    from mktme.datapath.uffd import FaultServiceError, WriteTrackingError
     from mktme.vm.host import EnvironmentUnfitError
     from mktme.vm.images import ImageError
 
     try:
         yield
-    except (EnvironmentUnfitError, WriteTrackingError, ImageError) as error:
+    except (EnvironmentUnfitError, FaultServiceError, WriteTrackingError, ImageError) as error:
         if os.environ.get("CI"):
             raise
         pytest.skip(f"this machine is not fit: {error} ({error.hint})")

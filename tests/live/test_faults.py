@@ -52,7 +52,7 @@ def test_plugin_that_the_engine_refuses(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(
             platform,
             "_plugin_argument",
-            lambda _vm, config, track: argument(uuid.uuid4(), config, track),
+            lambda _vm, config: argument(uuid.uuid4(), config),
         )
         with pytest.raises(VmError, match=r"no VM .* was announced"):
             stack.enter_context(platform.launch(vm_config(memory="256M")))

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from mktme.engine.dram import read_sidecar
 from mktme.proof.confidentiality import Canary, search_dram
 from mktme.proof.guest_ram import ram_of
-from mktme.proof.isolation import isolation_matrix
+from mktme.proof.isolation import canary_subject, isolation_matrix
 from mktme.proof.transparency import compare_memory, run_workload
 from mktme.pytest_plugin import vm_config
 from mktme.vm import images
@@ -189,7 +189,8 @@ def test_three_vms_are_isolated(tmp_path: Path) -> None:
         for vm in vms:
             canary.plant(vm.domain.console)
         with one.held(), two.held(), three.held():
-            matrix = isolation_matrix(vms, canary)
+            subjects = [canary_subject(vm, canary) for vm in vms]
+            matrix = isolation_matrix(platform.engine, subjects)
             # Guests two and three have the same key, so their cells are the control.
             assert matrix.readable == (
                 (True, False, False),
@@ -197,7 +198,7 @@ def test_three_vms_are_isolated(tmp_path: Path) -> None:
                 (False, True, True),
             )
             assert not matrix.passed
-            assert isolation_matrix((one, two), canary).passed
+            assert isolation_matrix(platform.engine, subjects[:2]).passed
             assert search_dram(one, canary, platform.dram_path).passed
 
 

@@ -13,7 +13,12 @@ import pytest
 from hypothesis import settings
 
 from mktme.datapath.shadow import Track
-from mktme.datapath.uffd import WriteTrackingError, require_write_tracking
+from mktme.datapath.uffd import (
+    FaultServiceError,
+    WriteTrackingError,
+    require_fault_handling,
+    require_write_tracking,
+)
 from mktme.engine.keys import KeyMode
 from mktme.engine.xts import Algorithm
 from mktme.service import wire
@@ -45,6 +50,17 @@ def write_tracking() -> None:
     try:
         require_write_tracking()
     except WriteTrackingError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"{error}; {error.hint}")
+
+
+@pytest.fixture(scope="session")
+def fault_handling() -> None:
+    """This user must be able to have all its faults served; CI has no excuse not to."""
+    try:
+        require_fault_handling()
+    except FaultServiceError as error:
         if os.environ.get("CI"):
             raise
         pytest.skip(f"{error}; {error.hint}")

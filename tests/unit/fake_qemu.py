@@ -2,8 +2,9 @@
 """What QEMU with the plugin is to the engine, without either: memory, trackers, and a hello.
 
 The memory is real (memfds under a real userfaultfd), and so are the descriptors that go over the
-socket. The hello is packed here from the layout of ``qemu-plugin/link_protocol.h``, not with the
-engine's own definitions.
+socket. With `faults`, whoever touches a page waits until it is served: in another thread, or from
+another process. The hello is packed here from the layout of ``qemu-plugin/link_protocol.h``, not
+with the engine's own definitions.
 
 Run as a program it is a VM in a process of its own::
 
@@ -29,7 +30,12 @@ from types import TracebackType
 from typing import Final, Self
 
 from mktme.datapath.shadow import Track
-from mktme.datapath.uffd import open_write_tracking, register_write_tracking
+from mktme.datapath.uffd import (
+    open_fault_handling,
+    open_write_tracking,
+    register_fault_handling,
+    register_write_tracking,
+)
 
 PAGE: Final = 4096
 LINE: Final = 64
@@ -39,6 +45,7 @@ DEADLINE_S: Final = 20.0
 
 STORES: Final = 1
 PAGES: Final = 2
+FAULTS: Final = 4
 
 VM: Final = uuid.UUID("6f3d4b9e-4c0b-4c3a-9a55-1a4f4f0f8a11")
 
@@ -47,6 +54,12 @@ _ANSWER: Final = struct.Struct("<8sHHHH")
 _F_ADD_SEALS: Final = 1033
 SEAL_SEAL, SEAL_SHRINK, SEAL_GROW = 1, 2, 4
 _PUNCH_HOLE_KEEP_SIZE: Final = 3
+_MADV_DONTNEED: Final = 4
+_UNREGISTER: Final = 0x8010AA01  # UFFDIO_UNREGISTER
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,7 @@ class HelloFields:
         tail = b"".join(struct.pack("<QQ", *block) for block in self.blocks)
         tail += b"".join(struct.pack("<QQQ", *segment) for segment in segments)
         descriptors = len(self.blocks) + has_map + 2 * bool(self.capabilities & PAGES)
+        descriptors += bool(self.capabilities & FAULTS)
         map_bytes = MAP_HEADER + ram_bytes // LINE if has_map else 0
         head = struct.pack(
             "<8sHHHHHHI16sQIIQ",
@@ -135,10 +149,14 @@ def say_hello(link_socket: Path, hello: bytes, descriptors: Sequence[int]) -> so
 class FakeQemu:
     """A VM's memory with both trackers on it; a context manager.
 
+    Whatever touches memory here lets other threads run meanwhile (no method holds Python's global
+    lock then): one of them may have to serve the fault.
+
     Args:
         block_pages: size of each RAM block in pages.
         segments: guest-physical to RAM offset; None for all RAM at 0.
         track: what the plugin was told to track.
+        faults: the inline data path: faults are to be served, and pages are not tracked.
         vm: which VM this is.
     """
 
@@ -148,12 +166,14 @@ class FakeQemu:
         *,
         segments: tuple[tuple[int, int, int], ...] | None = None,
         track: Track = Track.STORES_AND_PAGES,
+        faults: bool = False,
         vm: uuid.UUID | None = None,
     ) -> None:
         self.vm = vm or uuid.uuid4()
         self.ram_bytes = sum(block_pages) * PAGE
         self.descriptors: list[int] = []
-        self._memory: list[mmap.mmap] = []
+        self.memory: list[mmap.mmap] = []
+        """The mapped blocks. A thread that touches them here holds up all others of the process."""
         self._stack = ExitStack()
         with ExitStack() as stack:
             # Whoever looks into a QEMU takes its blocks in the order of their descriptors.
@@ -163,7 +183,13 @@ class FakeQemu:
                 for descriptor, pages in zip(self.ram, block_pages, strict=True)
             ]
             self.descriptors += self.ram
-            if track.pages:
+            if faults:
+                uffd = open_fault_handling()
+                stack.callback(os.close, uffd)
+                for address, size in blocks:
+                    register_fault_handling(uffd, address, size)
+                self.descriptors.append(uffd)
+            elif track.pages:
                 uffd = open_write_tracking()
                 stack.callback(os.close, uffd)
                 for address, size in blocks:
@@ -179,9 +205,11 @@ class FakeQemu:
                 stack.callback(self._map.close)
                 self.descriptors.append(descriptor)
             self._stack = stack.pop_all()
+        self._blocks = blocks
+        capabilities = STORES * track.stores | (FAULTS if faults else PAGES * track.pages)
         self.hello = HelloFields(
             vm=self.vm,
-            capabilities=STORES * track.stores | PAGES * track.pages,
+            capabilities=capabilities,
             blocks=tuple(blocks),
             segments=segments,
         )
@@ -190,7 +218,7 @@ class FakeQemu:
         os.ftruncate(descriptor, size)
         memory = mmap.mmap(descriptor, size)
         stack.callback(memory.close)
-        self._memory.append(memory)
+        self.memory.append(memory)
         anchor = ctypes.c_char.from_buffer(memory)
         address = ctypes.addressof(anchor)
         del anchor  # else the mapping could not be closed
@@ -200,8 +228,24 @@ class FakeQemu:
 
     def dma(self, ram_offset: int, data: bytes) -> None:
         """Write as a device does: the plugin sees nothing of it."""
-        block, within = self._at(ram_offset)
-        self._memory[block][within : within + len(data)] = data
+        ctypes.memmove(self.address(ram_offset, len(data)), data, len(data))
+
+    def receive(self, ram_offset: int, data: bytes) -> None:
+        """Have a system call write, as a device with something to receive does."""
+        reader, writer = os.pipe()
+        try:
+            os.write(writer, data)
+            where = (ctypes.c_char * len(data)).from_address(self.address(ram_offset, len(data)))
+            assert os.readv(reader, [where]) == len(data)
+        finally:
+            os.close(reader)
+            os.close(writer)
+
+    def load(self, ram_offset: int, size_bytes: int) -> bytes:
+        """Read as a vCPU does."""
+        buffer = ctypes.create_string_buffer(size_bytes)
+        ctypes.memmove(buffer, self.address(ram_offset, size_bytes), size_bytes)
+        return buffer.raw
 
     def store(self, ram_offset: int, data: bytes) -> None:
         """Write as a vCPU does: data first, then the mark, as the plugin's callback has it."""
@@ -227,23 +271,38 @@ class FakeQemu:
     def punch(self, first_page: int, count: int = 1) -> None:
         """Give pages back as QEMU's balloon does (system/physmem.c, ram_block_discard_range)."""
         block, within = self._at(first_page * PAGE)
+        address = self.address(first_page * PAGE, count * PAGE)
         punch_hole(self.ram[block], within, count * PAGE)
-        self._memory[block].madvise(mmap.MADV_REMOVE, within, count * PAGE)
+        if _libc.madvise(address, count * PAGE, _MADV_DONTNEED):
+            raise OSError(ctypes.get_errno(), "madvise")
 
     def touch(self, page: int) -> int:
         """Read a page's first byte."""
-        block, within = self._at(page * PAGE)
-        return self._memory[block][within]
+        return self.load(page * PAGE, 1)[0]
+
+    def let_go(self) -> None:
+        """No fault is to be served any more: who waits for one goes on, with zeros."""
+        for address, size in self._blocks:
+            fcntl.ioctl(
+                self.descriptors[len(self.ram)], _UNREGISTER, struct.pack("<QQ", address, size)
+            )
 
     def contents(self) -> bytes:
         """All RAM, in RAM offset order; read without touching a page."""
         return b"".join(os.pread(one, os.fstat(one).st_size, 0) for one in self.ram)
 
+    def address(self, ram_offset: int, size_bytes: int = 1) -> int:
+        """Where some RAM is mapped, in one piece."""
+        block, within = self._at(ram_offset)
+        address, size = self._blocks[block]
+        assert within + size_bytes <= size, "not in one piece"
+        return address + within
+
     def _at(self, ram_offset: int) -> tuple[int, int]:
-        for index, memory in enumerate(self._memory):
-            if ram_offset < len(memory):
+        for index, (_address, size) in enumerate(self._blocks):
+            if ram_offset < size:
                 return index, ram_offset
-            ram_offset -= len(memory)
+            ram_offset -= size
         raise AssertionError("outside RAM")
 
     # --- the link -----------------------------------------------------------------------------
@@ -310,9 +369,7 @@ def make_store_map(
 
 def punch_hole(descriptor: int, start: int, size_bytes: int) -> None:
     """fallocate(2) with FALLOC_FL_PUNCH_HOLE, which Python's os module does not have."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    start64, size64 = ctypes.c_int64(start), ctypes.c_int64(size_bytes)
-    if libc.fallocate(descriptor, _PUNCH_HOLE_KEEP_SIZE, start64, size64):
+    if _libc.fallocate(descriptor, _PUNCH_HOLE_KEEP_SIZE, start, size_bytes):
         raise OSError(ctypes.get_errno(), "fallocate")
 
 

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import pytest
 
@@ -22,10 +21,17 @@ from mktme.datapath.link import LinkError
 from mktme.datapath.shadow import Track
 from mktme.datapath.uffd import WriteTrackingError
 from mktme.engine.errors import MktmeError
+from mktme.engine.firmware import FirmwareError, PlatformConfigError
 from mktme.engine.keys import KeyMode
 from mktme.engine.xts import Algorithm
 from mktme.proof import runs
-from mktme.proof.bench import BenchReport, ConfigurationReport, Target, XtsReport
+from mktme.proof.bench import (
+    BenchReport,
+    ConfigurationReport,
+    EngineReport,
+    Target,
+    XtsReport,
+)
 from mktme.proof.report import RunReport
 from mktme.proof.runs import RunOptions
 from mktme.service import wire
@@ -37,43 +43,16 @@ from mktme.vm.host import EnvironmentUnfitError, UsageError
 from mktme.vm.images import ImageError, UnknownGuestError
 from mktme.vm.platform import VmConfig
 
+from .command import Mktme, Result, runner
 from .proof.test_report import ENVIRONMENT, REPORT
 from .vm.test_domain_xml import IMAGE
 
 MIB = 1 << 20
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a run of the command left."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def said(self) -> str:
-        """All of it in one line: boxes and line breaks depend on the terminal."""
-        return " ".join(re.sub(r"[^\x20-\x7e]+", " ", self.out + self.err).split())
-
-
-class Mktme(Protocol):
-    """Runs the command in this process."""
-
-    def __call__(self, *arguments: str | Path) -> Result: ...
-
-
 @pytest.fixture
 def mktme(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Mktme:
-    def run(*arguments: str | Path) -> Result:
-        monkeypatch.setattr(sys, "argv", ["mktme", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return Result(ended.value.code, captured.out, captured.err)
-
-    return run
+    return runner(monkeypatch, capsys)
 
 
 @dataclass
@@ -176,7 +155,7 @@ REFUSED_BY_PARSING: dict[str, tuple[str, list[str]]] = {
     "vCPUs in words": ("run --vcpus two", ["--vcpus", "integer"]),
     "no guests": ("run --guests 0", ["--guests"]),
     "no such tracker": ("run --track writes", ["--track", "'writes'", "stores+pages"]),
-    "no such data path": ("run --datapath inline", ["--datapath", "'inline'", "shadow"]),
+    "no such data path": ("run --datapath outline", ["--datapath", "'outline'", "shadow"]),
     "no such algorithm": ("run --algorithm rot13", ["--algorithm", "'rot13'", "aes-xts-256"]),
     "option without value": ("run --memory", ["--memory"]),
     "no rounds": ("bench --rounds 0", ["--rounds"]),
@@ -247,7 +226,7 @@ def test_little_memory_is_refused_before_anything_is_started(mktme: Mktme, asked
 def test_without_arguments_there_is_help(mktme: Mktme) -> None:
     result = mktme()
     assert result.code == ExitCode.USAGE
-    for command in ("run", "demo", "doctor", "bench"):
+    for command in ("run", "demo", "doctor", "bench", "platform"):
         assert re.search(rf"\b{command}\b", result.said)
 
 
@@ -268,10 +247,12 @@ def of_engine(error: str) -> EngineRefusedError:
 ERRORS: list[tuple[MktmeError, ExitCode]] = [
     (UsageError("x"), ExitCode.USAGE),
     (UnknownGuestError("x", ("tiny",)), ExitCode.USAGE),
+    (PlatformConfigError("policy", "x", hint="y"), ExitCode.USAGE),
     (of_engine("KeyMaterialError"), ExitCode.USAGE),
     (EnvironmentUnfitError("x"), ExitCode.ENVIRONMENT),
     (WriteTrackingError("x"), ExitCode.ENVIRONMENT),
     (ImageError("x"), ExitCode.ENVIRONMENT),
+    (FirmwareError("x", hint="y"), ExitCode.ENVIRONMENT),
     (of_engine("DramError"), ExitCode.ENVIRONMENT),
     (of_engine("DramFullError"), ExitCode.ENVIRONMENT),
     (of_engine("InternalError"), ExitCode.RUN_FAILED),
@@ -403,6 +384,7 @@ def test_bench_tells_what_was_reached(
         memory_bytes=512 * MIB,
         configurations=(plain,),
         xts=XtsReport(512 << 10, 2.4e9, 1.17e10, 0.205),
+        engine=EngineReport(256 * MIB, 8.76e8, 1.2e-4, 2.3e-4),
         targets=(Target("XTS", 0.205, 0.2, True, True), Target("pages", 1.2, 1.1, False, False)),
     )
     rounds_asked = []
@@ -415,7 +397,7 @@ def test_bench_tells_what_was_reached(
     result = mktme("bench", "--rounds", "3", "--json", tmp_path / "out.json")
     assert result.code == ExitCode.OK  # a target missed is a figure, not a failure
     assert rounds_asked == [3]
-    for part in ("2.50 s", "6.50 s", "2.40 GB/s", "0.205", "met", "missed"):
+    for part in ("2.50 s", "6.50 s", "2.40 GB/s", "0.205", "0.88 GB/s", "0.12 ms", "met", "missed"):
         assert part in result.said
     assert json.loads((tmp_path / "out.json").read_text())["schema"] == "mktme.bench"
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import stat
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from mktme.vm import images
@@ -19,10 +21,15 @@ from mktme.vm.images import ImageError, UnknownGuestError, cache_dir, ensure, kn
 
 KERNEL = bytes(range(256)) * 16
 BUSYBOX = b"\x7fELF busybox"
+LINKER = b"\x7fELF linker"
+LIBC = b"\x7fELF libc"
 RECIPE = """
 kernel = "linux-image-amd64"
-busybox = "busybox-static"
 cmdline = "console=ttyS0"
+[packages]
+"bin/busybox" = "busybox-static"
+"lib/ld.so.2" = "libc6"
+"lib/libc.so.6" = "libc6"
 [files]
 "init" = "init"
 "bin/canary" = "canary"
@@ -84,6 +91,7 @@ def apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeApt:
         apt.add(kernel, version, {f"boot/vmlinuz-6.1.0-{abi}-amd64": KERNEL + abi.encode()})
         apt.add("linux-image-amd64", version, {}, depends=f"{kernel} (= {version})")
     apt.add("busybox-static", "1.35-4", {"bin/busybox": BUSYBOX})
+    apt.add("libc6", "2.36-9", {"lib/ld.so.2": LINKER, "usr/lib/libc.so.6": LIBC})
     return apt
 
 
@@ -131,22 +139,31 @@ def test_boots_the_files_of_the_releases_newest_kernel(
     members = read_newc(image.initrd.read_bytes())
     assert members == {
         "bin": (stat.S_IFDIR | 0o755, b""),
+        "lib": (stat.S_IFDIR | 0o755, b""),
         "bin/sh": (stat.S_IFLNK | 0o777, b"busybox"),
         "bin/busybox": (stat.S_IFREG | 0o755, BUSYBOX),
         "bin/canary": (stat.S_IFREG | 0o755, b"#!/bin/sh\necho canary\n"),
         "init": (stat.S_IFREG | 0o755, b"#!/bin/sh\n"),
+        # One of them is below /usr in its package.
+        "lib/ld.so.2": (stat.S_IFREG | 0o755, LINKER),
+        "lib/libc.so.6": (stat.S_IFREG | 0o755, LIBC),
     }
-    assert list(members) == ["bin", "bin/sh", "bin/busybox", "bin/canary", "init"]
+    assert list(members) == [
+        "bin",
+        "lib",
+        "bin/sh",
+        *sorted(members.keys() - {"bin", "lib", "bin/sh"}),
+    ]
 
 
 def test_cached_image_needs_no_apt(apt: FakeApt, recipes: Path, cache: Path) -> None:
     steps: list[str] = []
     built = ensure("small", steps.append, recipes=recipes, cache=cache)
-    assert len(steps) == 2
+    assert len(steps) == 3
     calls = apt.calls()
 
     assert ensure("small", steps.append, recipes=recipes, cache=cache) == built
-    assert len(steps) == 2
+    assert len(steps) == 3
     assert apt.calls() == calls != []
 
 
@@ -174,11 +191,16 @@ def test_verify_returns_the_hashes_of_what_is_booted(
     image = ensure("small", recipes=recipes, cache=cache)
     manifest = verify(image, recipes=recipes)
     assert manifest.kernel.member_sha256 == sha256(image.kernel.read_bytes()).hexdigest()
-    assert manifest.busybox.member_sha256 == sha256(BUSYBOX).hexdigest()
+    assert [(one.name, one.path, one.member_sha256) for one in manifest.files] == [
+        ("busybox-static", "bin/busybox", sha256(BUSYBOX).hexdigest()),
+        ("libc6", "lib/ld.so.2", sha256(LINKER).hexdigest()),
+        ("libc6", "lib/libc.so.6", sha256(LIBC).hexdigest()),
+    ]
 
 
 @pytest.mark.parametrize(
-    "file", ["vmlinuz", "initrd", "linux-image-6.1.0-10-amd64.deb", "busybox-static.deb"]
+    "file",
+    ["vmlinuz", "initrd", "linux-image-6.1.0-10-amd64.deb", "busybox-static.deb", "libc6.deb"],
 )
 def test_verify_finds_a_flipped_bit(apt: FakeApt, recipes: Path, cache: Path, file: str) -> None:
     image = ensure("small", recipes=recipes, cache=cache)
@@ -198,6 +220,17 @@ def test_verify_finds_a_manifest_that_names_another_kernel(
     genuine = image.manifest.kernel.member_sha256
     path.write_text(path.read_text().replace(genuine, sha256(b"").hexdigest()))
     with pytest.raises(ImageError, match=r"manifest\.json is wrong"):
+        verify(ensure("small", recipes=recipes, cache=cache), recipes=recipes)
+
+
+def test_verify_finds_a_manifest_without_one_of_the_files(
+    apt: FakeApt, recipes: Path, cache: Path
+) -> None:
+    image = ensure("small", recipes=recipes, cache=cache)
+    path = image.kernel.parent / "manifest.json"
+    fewer = dataclasses.replace(image.manifest, files=image.manifest.files[1:])
+    path.write_bytes(msgspec.json.encode(fewer))
+    with pytest.raises(ImageError, match="files of the recipe"):
         verify(ensure("small", recipes=recipes, cache=cache), recipes=recipes)
 
 
@@ -239,6 +272,13 @@ def test_apts_complaint_is_passed_on(apt: FakeApt, recipes: Path, cache: Path) -
         ensure("small", recipes=recipes, cache=cache)
 
 
+def test_package_without_the_file(apt: FakeApt, recipes: Path, cache: Path) -> None:
+    recipe = recipes / "small" / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("lib/libc.so.6", "lib/libc.so.7"))
+    with pytest.raises(ImageError, match=r"libc6\.deb has no file .*libc.*7"):
+        ensure("small", recipes=recipes, cache=cache)
+
+
 def test_other_distribution_is_told_so(
     recipes: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,7 +301,7 @@ def test_builders_at_the_same_time_build_once(apt: FakeApt, recipes: Path, cache
     with ThreadPoolExecutor() as pool:
         builds = [pool.submit(ensure, "small", recipes=recipes, cache=cache) for _ in range(4)]
     assert len({build.result() for build in builds}) == 1
-    assert sum("download" in call for call in apt.calls()) == 2
+    assert sum("download" in call for call in apt.calls()) == 3
 
 
 def test_cache_that_cannot_be_written(apt: FakeApt, recipes: Path, tmp_path: Path) -> None:
@@ -280,7 +320,7 @@ def test_unknown_guest_names_the_known_ones(recipes: Path, cache: Path, name: st
 
 def test_recipe_with_an_error_is_named(apt: FakeApt, recipes: Path, cache: Path) -> None:
     (recipes / "small" / "recipe.toml").write_text('kernel = "linux-image-amd64"')
-    with pytest.raises(ImageError, match=r"recipe\.toml.*busybox"):
+    with pytest.raises(ImageError, match=r"recipe\.toml.*cmdline"):
         ensure("small", recipes=recipes, cache=cache)
 
 
@@ -312,7 +352,6 @@ def test_every_recipe_is_complete() -> None:
 def run_guest_script(name: str, directory: Path, *args: str, **replace: str) -> list[str]:
     """Run one of tiny's scripts here, with this machine's own tools in place of busybox."""
     script = (images.RECIPES_DIR / "tiny" / name).read_text()
-    assert "/tmp" in script or "/run" in script
     script = script.replace("/tmp", str(directory)).replace("/run", str(directory))
     for old, new in replace.items():
         assert old in script
@@ -349,3 +388,91 @@ def test_canary_fills_a_page(tmp_path: Path) -> None:
 def test_canary_refuses_what_is_no_line(tmp_path: Path, value: str) -> None:
     (line,) = run_guest_script("canary", tmp_path, value)
     assert line == "@mktme canary FAILED: want 128 hexadecimal digits"
+
+
+GOT = "got  64MB (67108864 bytes), trying mlock ...locked.\n"
+STUCK = "  Stuck Address       :            \b\b\b\b\b\b\b\b\b\b\bsetting   0\b\b\b\bok\n"
+RANDOM = "  Random Value        :  \b|\b/\b-\b\\\b ok\n"
+XOR = "  Compare XOR         : ok\n"
+FAILURE = "FAILURE: 0x9430c52583ba9796 != 0x9430c52583c28786 at offset 0x0000000000000000."
+
+
+def verify_memory(
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *args: str,
+    says: str,
+    status: int = 0,
+    mask: str | None = None,
+) -> tuple[str, list[str]]:
+    """Run `verify-memory` with a memtester that says what 4.6.0 would.
+
+    Returns:
+        What it reports, and the arguments and test mask that memtester was given.
+    """
+    (directory / "says").write_text(says)
+    program = directory / "memtester"
+    program.write_text(
+        f'#!/bin/sh\necho "$@" "$MEMTESTER_TEST_MASK" >{directory}/given\n'
+        f"cat {directory}/says\nexit {status}\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+    if mask is None:
+        monkeypatch.delenv("MEMTESTER_TEST_MASK", raising=False)
+    else:
+        monkeypatch.setenv("MEMTESTER_TEST_MASK", mask)
+    (line,) = run_guest_script("verify-memory", directory, *args)
+    given = directory / "given"
+    return line, given.read_text().split() if given.exists() else []
+
+
+def test_verify_memory_reports_what_was_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = STUCK + RANDOM + XOR
+    says = f"{GOT}Loop 1/2:\n{loop}Loop 2/2:\n{loop}\nDone.\n"
+    line, given = verify_memory(tmp_path, monkeypatch, "64", "2", says=says)
+    assert line == "@mktme memory verified 64 MiB, 6 tests"
+    assert given == ["64", "2"]
+
+
+@pytest.mark.parametrize(
+    ("says", "status", "reason"),
+    [
+        (f"{GOT}{STUCK}  Random Value        : {FAILURE}\n{FAILURE}\n", 4, FAILURE),
+        # One that comes last, after all that is well.
+        (f"{GOT}{STUCK}{RANDOM}{FAILURE}\n", 4, FAILURE),
+        (GOT + STUCK + RANDOM, 4, "memtester exited with 4"),
+        (GOT + STUCK, 137, "memtester exited with 137"),
+        (GOT, 0, "memtester exited with 0"),
+        (GOT.replace("64MB", "36MB") + STUCK + RANDOM, 0, "no 64 MiB to be had"),
+        (GOT.replace("locked", "insufficient permission") + STUCK, 0, "no 64 MiB to be had"),
+        ("", 127, "no 64 MiB to be had"),
+    ],
+)
+def test_verify_memory_fails_unless_all_was_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str, status: int, reason: str
+) -> None:
+    line, _given = verify_memory(tmp_path, monkeypatch, "64", says=says, status=status)
+    assert line == f"@mktme memory FAILED: {reason}"
+
+
+@pytest.mark.parametrize(("mask", "given"), [("0x82", ["131"]), ("1", ["1"]), (None, [])])
+def test_verify_memory_always_runs_the_test_that_others_rely_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: str | None, given: list[str]
+) -> None:
+    line, arguments = verify_memory(
+        tmp_path, monkeypatch, "64", says=GOT + STUCK + RANDOM, mask=mask
+    )
+    assert line == "@mktme memory verified 64 MiB, 2 tests"
+    assert arguments == ["64", "1", *given]
+
+
+@pytest.mark.parametrize("args", [(), ("0",), ("x",), ("64M",), ("-1",), ("64", "0"), ("64", "x")])
+def test_verify_memory_refuses_what_is_no_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...]
+) -> None:
+    line, given = verify_memory(tmp_path, monkeypatch, *args, says=GOT + STUCK + RANDOM)
+    assert line == "@mktme memory FAILED: want a number of MiB, and one of loops"
+    assert given == []

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import array
 import os
+import select
 import shutil
 import socket
 import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,9 +21,11 @@ from typing import Final
 
 import pytest
 
-from mktme.datapath.link import Hello, Segment, decode_hello, encode_answer
+from mktme.datapath.link import CAPABILITY_FAULTS, Hello, Segment, decode_hello, encode_answer
+from mktme.datapath.uffd import Fault, Userfaultfd
 
 PLUGIN: Final = Path(__file__).parents[2] / "qemu-plugin"
+WITHOUT_USERFAULTFD: Final = Path(__file__).parents[1] / "live" / "without_userfaultfd.py"
 QEMU: Final = "qemu-system-x86_64"
 VM: Final = uuid.UUID("7c1b0c52-30a4-4b0e-9d0c-0d2f3c1f2b11")
 GIB: Final = 1 << 30
@@ -88,16 +92,21 @@ class Arguments:
     memory: str = "64M"
     smp: str = "1"
     sandbox: str = "off"
+    backend: str = ""
+    more: tuple[str, ...] = ()
+    prefix: tuple[str, ...] = ()
 
 
 def start(plugin: Path, arguments: Arguments) -> subprocess.Popen[str]:
     backend = f"memory-backend-memfd,id=ram,share={arguments.share},size={arguments.memory}"
     return subprocess.Popen(
         [
+            *arguments.prefix,
             *(QEMU, "-S", "-nodefaults", "-display", "none", "-accel", "tcg"),
-            *("-machine", f"{arguments.machine},memory-backend=ram", "-object", backend),
+            *("-machine", f"{arguments.machine},memory-backend=ram"),
+            *("-object", backend + arguments.backend),
             *("-m", arguments.memory, "-smp", arguments.smp, "-sandbox", arguments.sandbox),
-            *("-plugin", f"{plugin},{arguments.plugin}"),
+            *("-plugin", f"{plugin},{arguments.plugin}", *arguments.more),
         ],
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -132,7 +141,12 @@ GOOD: Final = f"socket=/x,vm={VM},track=pages"
         (f"{GOOD},vm=7c1b0c52", "'vm=7c1b0c52': expected the UUID"),
         (f"{GOOD},vm={VM}0", f"'vm={VM}0': expected the UUID"),
         (f"{GOOD},vm={VM.hex}", f"'vm={VM.hex}': expected the UUID"),
-        (f"{GOOD},track=everything", "'track=everything': expected stores, pages or stores+pages"),
+        (f"{GOOD},track=everything", "expected stores, pages, stores+pages or off"),
+        (f"{GOOD},datapath=none", "'datapath=none': expected shadow or inline"),
+        (f"{GOOD},track=off", "track=off is for datapath=inline"),
+        (f"{GOOD},track=off,datapath=shadow", "track=off is for datapath=inline"),
+        (f"{GOOD},datapath=inline", "use track=stores or track=off"),
+        (f"{GOOD},datapath=inline,track=stores+pages", "use track=stores or track=off"),
         (f"{GOOD},ram-below-4g=-4096", "expected the bytes of RAM below the PCI hole"),
         (f"{GOOD},ram-below-4g=2G", "expected the bytes of RAM below the PCI hole"),
         (f"{GOOD},ram-below-4g=0", "expected the bytes of RAM below the PCI hole"),
@@ -155,9 +169,15 @@ def test_stores_of_several_vcpus_need_a_qemu_that_survives_them(plugin: Path) ->
     if plugin.name == "mktme-api7.so":
         pytest.skip("this QEMU survives them")
     # Hot-plugged ones count.
-    status, said = finish(start(plugin, Arguments(smp="1,maxcpus=2")))
+    arguments = Arguments(smp="1,maxcpus=2")
+    status, said = finish(start(plugin, arguments))
     assert status == 1
     assert "track=stores with more than one vCPU needs QEMU 11.1" in said[0]
+    assert "use track=pages or one vCPU" in said[0]
+    inline = replace(arguments, plugin=f"{arguments.plugin},datapath=inline")
+    status, said = finish(start(plugin, inline))
+    assert status == 1
+    assert "use track=off or one vCPU" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -277,6 +297,100 @@ def test_page_tracking_works_in_the_sandbox_libvirt_puts_qemu_in(
     assert "mktme-store-map" in kinds[3]
     assert status == EX_SOFTWARE
     assert said[0].startswith(ENGINE_GONE)
+
+
+# --- the inline data path ---------------------------------------------------------------------
+
+
+INLINE: Final = "stores,datapath=inline"
+
+
+def mapping_flags(pid: int, address: int) -> set[str]:
+    """The flags of one of a process's mappings (proc(5), /proc/PID/smaps, VmFlags)."""
+    _before, _start, after = Path(f"/proc/{pid}/smaps").read_text().partition(f"\n{address:x}-")
+    return set(after.partition("\nVmFlags:")[2].partition("\n")[0].split())
+
+
+@pytest.mark.usefixtures("fault_handling")
+@pytest.mark.parametrize("track", ["stores", "off"])
+def test_every_access_waits_for_the_engine_from_the_hello_on(
+    plugin: Path, engine: Engine, track: str
+) -> None:
+    sandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+    # Something has to get into RAM although the guest is stopped.
+    loader = ("-device", f"loader,file={plugin},addr=0x100000,force-raw=on")
+    arguments = Arguments(sandbox=sandbox, more=loader)
+    qemu = start(plugin, linked(engine, arguments, track=f"{track},datapath=inline"))
+    try:
+        hello = engine.hello()
+        (block,) = hello.blocks
+        ram, userfaultfd, *_ = engine.descriptors
+        kinds = [os.readlink(f"/proc/self/fd/{descriptor}") for descriptor in engine.descriptors]
+        resident_bytes = os.fstat(ram).st_blocks * 512
+        flags = mapping_flags(qemu.pid, block.host_address)
+        engine.answer(encode_answer())
+        poll = select.poll()
+        poll.register(userfaultfd, select.POLLIN)
+        uffd = Userfaultfd(userfaultfd)
+        loaded: set[int] = set()
+        while not loaded:
+            assert poll.poll(DEADLINE_S * 1000)
+            for fault in uffd.read():
+                assert isinstance(fault, Fault)
+                assert not fault.protected
+                offset = fault.address - block.host_address
+                if offset >= 0x100000:
+                    loaded.add(offset)
+                else:
+                    uffd.zero(fault.address & ~4095, 4096)
+        # Whoever waits for us does not keep QEMU from ending.
+        engine.vanish()
+        status, said = finish(qemu)
+    finally:
+        qemu.kill()
+    assert hello.capabilities == CAPABILITY_FAULTS | (track == "stores")
+    assert len(kinds) == hello.descriptor_count == 2 + (track == "stores")
+    assert kinds[1] == "anon_inode:[userfaultfd]"
+    assert resident_bytes == 0
+    # VM_UFFD_MISSING, VM_UFFD_WP, VM_NOHUGEPAGE
+    assert {"um", "uw", "nh"} <= flags
+    assert loaded == {0x100000}
+    assert os.pread(ram, 4096, 0x100000) == bytes(4096)
+    assert status == EX_SOFTWARE
+    assert said[0].startswith(ENGINE_GONE)
+
+
+@pytest.mark.usefixtures("fault_handling")
+@pytest.mark.parametrize(
+    ("backend", "complaint"),
+    [
+        (",hugetlb=on,hugetlbsize=2M,reserve=off", "guest RAM is made of pages of 2048 KiB"),
+        (",prealloc=on", "in memory before the engine has it: leave out prealloc=on"),
+    ],
+)
+def test_memory_that_cannot_come_and_go_is_refused(
+    plugin: Path, engine: Engine, backend: str, complaint: str
+) -> None:
+    arguments = linked(engine, Arguments(backend=backend), track=INLINE)
+    status, said = finish(start(plugin, arguments))
+    assert status == EX_SOFTWARE
+    assert complaint in said[0]
+    assert "use datapath=shadow" in said[0]
+
+
+def test_userfaultfd_for_user_mode_alone_is_refused(plugin: Path, engine: Engine) -> None:
+    """In a mount namespace where the device is another one, and under a filter of system calls."""
+    if os.geteuid() != 0:
+        pytest.skip("hiding the device takes root")
+    hide = 'mount --bind /dev/null /dev/userfaultfd && exec "$@"'
+    prefix = ("unshare", "--mount", "sh", "-c", hide, "sh", sys.executable)
+    arguments = replace(
+        linked(engine, Arguments(), track=INLINE), prefix=(*prefix, str(WITHOUT_USERFAULTFD))
+    )
+    status, said = finish(start(plugin, arguments))
+    assert status == EX_SOFTWARE
+    assert "a userfaultfd that stops the kernel's own accesses to guest RAM: Operation" in said[0]
+    assert "allow QEMU's user to open /dev/userfaultfd, or use datapath=shadow" in said[0]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""AES-XTS written straight from IEEE 1619, block by block, with pycryptodome's AES.
+"""AES-XTS written straight from IEEE 1619, block by block, with pycryptodome's AES; and line MACs.
 
 It shares nothing with the engine: neither numpy nor OpenSSL nor a shortcut.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 from Crypto.Cipher import AES
+from Crypto.Hash import SHA3_256
 
 BLOCK_BYTES: Final = 16
 
@@ -30,6 +31,19 @@ def decrypt(key: bytes, tweak: bytes, ciphertext: bytes) -> bytes:
     """Decrypt one data unit (IEEE 1619, 5.4)."""
     data_key, tweak_key = key[: len(key) // 2], key[len(key) // 2 :]
     return _data_unit(AES.new(data_key, AES.MODE_ECB).decrypt, tweak_key, tweak, ciphertext, True)
+
+
+def mac_entry(key: bytes, address: int, line: bytes) -> int:
+    """The entry of a line in the MAC area, from what the sidecar says of it.
+
+    Args:
+        key: data key followed by tweak key.
+        address: where the line is.
+        line: 64 bytes of ciphertext.
+    """
+    block = b"mktme line MAC".ljust(136 - len(key), b"\0") + key
+    digest = SHA3_256.new(block + block + address.to_bytes(8, "little") + line).digest()
+    return 2**31 + int.from_bytes(digest, "little") % 2**28
 
 
 def _data_unit(

@@ -50,6 +50,8 @@ class Vector:
 @functools.cache
 def vectors(directory: str, algorithm: Algorithm) -> list[Vector]:
     """All vectors of a file, those of data units of a fraction of a byte too."""
+    if algorithm is Algorithm.AES_XTS_128_INTEGRITY:
+        algorithm = Algorithm.AES_XTS_128  # which it encrypts like
     found = []
     fields: dict[str, str] = {}
     encrypts = True

@@ -9,10 +9,12 @@ is said to be; whatever does not fit is a `LinkError`.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import struct
 import uuid
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -45,7 +47,8 @@ _REASON_MAX_BYTES: Final = 480
 
 CAPABILITY_STORES: Final = 1 << 0
 CAPABILITY_PAGES: Final = 1 << 1
-_KNOWN_CAPABILITIES: Final = CAPABILITY_STORES | CAPABILITY_PAGES
+CAPABILITY_FAULTS: Final = 1 << 2
+_KNOWN_CAPABILITIES: Final = CAPABILITY_STORES | CAPABILITY_PAGES | CAPABILITY_FAULTS
 
 # x86 physical addresses have at most 52 bits (SDM vol. 3A, 4.1.4), user addresses 56 with LA57.
 _PHYSICAL_LIMIT: Final = 1 << 52
@@ -54,6 +57,13 @@ _USER_LIMIT: Final = 1 << 56
 # include/uapi/linux/fcntl.h; Python's fcntl module has these since 3.12 only for some.
 _F_GET_SEALS: Final = 1034
 _F_SEAL_SHRINK: Final = 0x0002
+# linux/falloc.h
+_FALLOC_FL_KEEP_SIZE: Final = 1
+_FALLOC_FL_PUNCH_HOLE: Final = 2
+_BLOCK_BYTES: Final = 512  # the unit of st_blocks (stat(2))
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
 class LinkError(MktmeError):
@@ -92,7 +102,8 @@ class Hello:
         vm_uuid: which VM this is.
         plugin_api: the QEMU plugin API version that the plugin was built for.
         vcpus: the most vCPUs this VM can have.
-        capabilities: `CAPABILITY_STORES` and `CAPABILITY_PAGES`.
+        capabilities: `CAPABILITY_STORES`, and one of `CAPABILITY_PAGES` (the shadow data path)
+            and `CAPABILITY_FAULTS` (inline) or neither.
         store_map_bytes: size of the store map's memfd with its header, 0 without one.
         blocks: guest RAM, in RAM offset order.
         segments: guest-physical to RAM offset, covering each RAM byte once.
@@ -115,6 +126,8 @@ class Hello:
     def descriptor_count(self) -> int:
         """How many descriptors come with this hello."""
         count = len(self.blocks)
+        if self.capabilities & CAPABILITY_FAULTS:
+            count += 1
         if self.capabilities & CAPABILITY_PAGES:
             count += 2
         if self.capabilities & CAPABILITY_STORES:
@@ -168,6 +181,8 @@ def decode_hello(message: bytes) -> Hello:
         raise LinkError(f"hello of {len(message)} bytes, {expected} expected")
     if page_bytes != PAGE_BYTES or reserved != 0 or capabilities & ~_KNOWN_CAPABILITIES:
         raise LinkError("hello with unknown capabilities, page size or reserved fields")
+    if capabilities & CAPABILITY_PAGES and capabilities & CAPABILITY_FAULTS:
+        raise LinkError("hello of a VM whose pages are tracked and faults served, both at once")
     if not 1 <= vcpus <= MAX_VCPUS:
         raise LinkError(f"hello with {vcpus} vCPUs")
 
@@ -260,7 +275,11 @@ class VmLink:
 
     It owns the descriptors; `close` gives all of them back. RAM is only ever read with preadv:
     unlike a mapping this neither allocates a page that the guest gave back nor faults when a
-    hostile QEMU shrinks the file.
+    hostile QEMU shrinks the file. It is never written: `Userfaultfd` puts pages into it.
+
+    Attributes:
+        pagemap: QEMU's ``/proc/PID/pagemap``, if its pages are tracked.
+        userfaultfd: what its faults come from, if they are served.
     """
 
     def __init__(self, hello: Hello, descriptors: Sequence[int], qemu_pid: int) -> None:
@@ -268,7 +287,12 @@ class VmLink:
         self.qemu_pid = qemu_pid
         self._owned = list(descriptors)
         self._ram: list[int] = []
+        self._ram_bytes = hello.ram_bytes
+        self._ram_starts = [block.ram_offset for block in hello.blocks]
+        self._by_host_address = sorted(hello.blocks, key=lambda block: block.host_address)
+        self._host_starts = [block.host_address for block in self._by_host_address]
         self.pagemap: int | None = None
+        self.userfaultfd: int | None = None
         self._map: npt.NDArray[np.uint8] | None = None
         try:
             if len(descriptors) != hello.descriptor_count:
@@ -277,6 +301,9 @@ class VmLink:
                 )
             remaining = list(descriptors)
             self._ram = [self._checked_ram(block, remaining.pop(0)) for block in hello.blocks]
+            if hello.capabilities & CAPABILITY_FAULTS:
+                self.userfaultfd = remaining.pop(0)
+                self._check_target(self.userfaultfd, "anon_inode:[userfaultfd]")
             if hello.capabilities & CAPABILITY_PAGES:
                 self._check_target(remaining.pop(0), "anon_inode:[userfaultfd]")
                 self.pagemap = remaining.pop(0)
@@ -295,7 +322,7 @@ class VmLink:
     @property
     def ram_pages(self) -> int:
         """Guest RAM in 4 KiB pages."""
-        return self.hello.ram_bytes // PAGE_BYTES
+        return self._ram_bytes // PAGE_BYTES
 
     def counters(self) -> StoreMapCounters | None:
         """The plugin's own counts so far, None without a store map."""
@@ -339,11 +366,69 @@ class VmLink:
                 position = block_end
         return runs
 
+    def runs_of_data(self) -> list[tuple[int, int]]:
+        """Runs of pages [start, stop), ascending, that have memory behind them."""
+        edges = [0, *(page for hole in self.holes(0, self.ram_pages) for page in hole)]
+        pairs = zip(edges[::2], [*edges[1::2], self.ram_pages], strict=True)
+        return [(start, stop) for start, stop in pairs if start < stop]
+
+    def allocated_bytes(self) -> int:
+        """Memory behind the VM's RAM in bytes, by the kernel's own account (swap included).
+
+        Raises:
+            LinkError: the link is closed.
+        """
+        self.check_open()
+        return sum(os.fstat(descriptor).st_blocks for descriptor in self._ram) * _BLOCK_BYTES
+
+    def punch(self, first_page: int, count: int) -> None:
+        """Take pages out of memory: whoever needs one next faults.
+
+        Raises:
+            LinkError: they are not all in the guest's RAM, or QEMU sealed it.
+        """
+        offset = first_page * PAGE_BYTES
+        end = offset + count * PAGE_BYTES
+        while offset < end:
+            block, descriptor = self._block_at(offset)
+            within = offset - block.ram_offset
+            size = min(end - offset, block.size_bytes - within)
+            flags = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
+            if _libc.fallocate(descriptor, flags, within, size):
+                reason = os.strerror(ctypes.get_errno())
+                raise LinkError(f"guest RAM at offset {offset:#x} stays in memory: {reason}")
+            offset += size
+
+    def host_address(self, page: int) -> int:
+        """Where QEMU has a page of RAM mapped."""
+        block, _descriptor = self._block_at(page * PAGE_BYTES)
+        return block.host_address + page * PAGE_BYTES - block.ram_offset
+
+    def pages_to_block_end(self, page: int) -> int:
+        """How many pages, this one included, are neighbours in QEMU's address space as in RAM."""
+        block, _descriptor = self._block_at(page * PAGE_BYTES)
+        return (block.ram_offset + block.size_bytes) // PAGE_BYTES - page
+
+    def page_of(self, host_address: int) -> int:
+        """Which page of RAM QEMU has at an address.
+
+        Raises:
+            LinkError: none.
+        """
+        index = bisect_right(self._host_starts, host_address) - 1
+        if index >= 0:
+            block = self._by_host_address[index]
+            within = host_address - block.host_address
+            if within < block.size_bytes:
+                return (block.ram_offset + within) // PAGE_BYTES
+        raise LinkError(f"QEMU has no guest RAM at {host_address:#x}")
+
     def close(self) -> None:
         """Give back every descriptor; the store map's memory goes with its last view."""
         self._map = None
         self._ram = []
         self.pagemap = None
+        self.userfaultfd = None
         while self._owned:
             os.close(self._owned.pop())
 
@@ -354,9 +439,9 @@ class VmLink:
 
     def _block_at(self, ram_offset: int) -> tuple[RamBlock, int]:
         self.check_open()
-        for block, descriptor in zip(self.hello.blocks, self._ram, strict=True):
-            if block.ram_offset <= ram_offset < block.ram_offset + block.size_bytes:
-                return block, descriptor
+        index = bisect_right(self._ram_starts, ram_offset) - 1
+        if index >= 0 and ram_offset < self._ram_bytes:
+            return self.hello.blocks[index], self._ram[index]
         raise LinkError(f"RAM offset {ram_offset:#x} is outside the guest's RAM")
 
     @staticmethod

@@ -174,6 +174,11 @@ class ShadowDataPath:
             self._collect_marked()
             yield from self.drain()
 
+    def renew(self, first_page: int, count: int) -> None:
+        """Let the next drain write pages anew: DRAM may not hold them as it should."""
+        known = slice(first_page, first_page + count)
+        self._written[known] |= self._shadowed[known]
+
     def line_marks(self, first_page: int, count: int) -> npt.NDArray[np.uint64]:
         """For each page, which of its lines a store was ever seen to (bit i: line i)."""
         return self._ever_marked[first_page : first_page + count]

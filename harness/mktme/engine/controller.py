@@ -12,22 +12,36 @@ Arrays of words hold memory's bytes as they are: the host, like its guests, is l
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mktme.engine.dram import Dram, PageRange
-from mktme.engine.errors import AddressError, KeyIdError
+from mktme.engine.dram import Dram, PageRange, Region
+from mktme.engine.errors import AddressError, IntegrityError, KeyIdError
+from mktme.engine.integrity import LineMacs
 from mktme.engine.keys import KeyTable
-from mktme.engine.xts import LINE_BYTES, LINES_PER_PAGE, PAGE_BYTES, check_words
+from mktme.engine.mac_area import MacUpdate, read_entries
+from mktme.engine.pages import (
+    WORDS_PER_LINE,
+    any_of_line,
+    as_lines,
+    check_page_numbers,
+    pack_masks,
+    runs_of_consecutive,
+    runs_of_equal,
+    unpack_masks,
+)
+from mktme.engine.tme import ExclusionRange
+from mktme.engine.xts import LINE_BYTES, LINES_PER_PAGE, PAGE_BYTES, XtsCipher, check_words
 
 BATCH_PAGES: Final = 128
 """Most pages that one `MemoryController.update_pages` takes: 512 KiB."""
 
-_WORDS_PER_LINE: Final = LINE_BYTES // 8
 WORDS_PER_PAGE: Final = PAGE_BYTES // 8
+_EXCLUDED: Final = -1
+_ALL_LINES: Final = np.uint64(2**64 - 1)
+_POISON: Final = np.uint64(2**64 - 1)
 
 
 class MemoryController:
@@ -42,26 +56,25 @@ class MemoryController:
         maxphyaddr: bits of a physical address, KeyID bits included.
 
     Raises:
-        AddressError: DRAM is larger than the address bits that the KeyID leaves.
+        AddressError: DRAM is larger than what addresses reach.
     """
 
     def __init__(self, dram: Dram, keys: KeyTable, maxphyaddr: int = 46) -> None:
         self._dram = dram
         self._keys = keys
         self._maxphyaddr = maxphyaddr
-        self._address_bits = maxphyaddr - keys.keyid_bits
-        if dram.size_bytes > 1 << self._address_bits:
+        if dram.size_bytes > 1 << maxphyaddr:
             raise AddressError(
-                f"{dram.size_bytes} bytes of DRAM need more than the {self._address_bits} "
-                f"address bits that {keys.keyid_bits} KeyID bits of {maxphyaddr} leave",
+                f"{dram.size_bytes} bytes of DRAM need more than {maxphyaddr} address bits",
                 address=dram.size_bytes,
             )
+        self._exclusion: ExclusionRange | None = None
         self._page_keyids = np.zeros(dram.size_bytes // PAGE_BYTES, np.uint16)
 
         shape = (BATCH_PAGES, WORDS_PER_PAGE)
         self._ciphertext = np.empty(shape, np.uint64)
         self._stored = np.empty(shape, np.uint64)
-        self._stored_lines = np.empty((BATCH_PAGES * LINES_PER_PAGE, _WORDS_PER_LINE), np.uint64)
+        self._stored_lines = np.empty((BATCH_PAGES * LINES_PER_PAGE, WORDS_PER_LINE), np.uint64)
         self._flags = np.empty(shape, np.bool_)
         self._addresses = np.empty((BATCH_PAGES, LINES_PER_PAGE), np.uint64)
         self._line_offsets = np.arange(0, PAGE_BYTES, LINE_BYTES, dtype=np.uint64)
@@ -70,6 +83,20 @@ class MemoryController:
     def maxphyaddr(self) -> int:
         """Bits of a physical address, KeyID bits included."""
         return self._maxphyaddr
+
+    @property
+    def address_bits(self) -> int:
+        """Bits of a physical address that are no KeyID."""
+        return self._maxphyaddr - self._keys.keyid_bits
+
+    def reset(self) -> None:
+        """CPU reset: every page is KeyID 0's, and none is excluded."""
+        self._page_keyids[:] = 0
+        self._exclusion = None
+
+    def exclude(self, exclusion: ExclusionRange | None) -> None:
+        """Set the addresses that KeyID 0 does not encrypt (IA32_TME_EXCLUDE_MASK and _BASE)."""
+        self._exclusion = exclusion
 
     # --- KeyIDs and addresses -----------------------------------------------------------------
 
@@ -83,7 +110,7 @@ class MemoryController:
             raise AddressError(
                 f"{reference:#x} is no address of {self._maxphyaddr} bits", address=reference
             )
-        return reference >> self._address_bits, reference & ((1 << self._address_bits) - 1)
+        return reference >> self.address_bits, reference & ((1 << self.address_bits) - 1)
 
     def reference(self, keyid: int, address: int) -> int:
         """The physical address as software uses it: the KeyID above the address bits.
@@ -93,11 +120,11 @@ class MemoryController:
             AddressError: the address reaches into the KeyID bits.
         """
         self._check_keyid(keyid)
-        if address < 0 or address >> self._address_bits:
+        if address < 0 or address >> self.address_bits:
             raise AddressError(
-                f"{address:#x} has more than {self._address_bits} bits", address=address
+                f"{address:#x} has more than {self.address_bits} bits", address=address
             )
-        return keyid << self._address_bits | address
+        return keyid << self.address_bits | address
 
     def assign(self, base: int, size_bytes: int, keyid: int) -> None:
         """Assign pages to a KeyID. What DRAM holds is not touched: its old KeyID still reads it.
@@ -129,15 +156,17 @@ class MemoryController:
         self._dram.check_range(address, 1)
         return int(self._page_keyids[address // PAGE_BYTES])
 
-    def page_ranges(self) -> tuple[PageRange, ...]:
-        """The KeyID of every page of DRAM, in runs, ascending."""
+    def page_ranges(self, region: Region | None = None) -> tuple[PageRange, ...]:
+        """The KeyID of every page of a region, or of DRAM, in runs, ascending."""
+        first = 0 if region is None else region.base // PAGE_BYTES
+        keyids = self._page_keyids[first : None if region is None else region.end // PAGE_BYTES]
         return tuple(
             PageRange(
-                base=start * PAGE_BYTES,
+                base=(first + start) * PAGE_BYTES,
                 size_bytes=(stop - start) * PAGE_BYTES,
-                keyid=int(self._page_keyids[start]),
+                keyid=int(keyids[start]),
             )
-            for start, stop in _runs_of_equal(self._page_keyids)
+            for start, stop in runs_of_equal(keyids)
         )
 
     # --- data ---------------------------------------------------------------------------------
@@ -167,28 +196,93 @@ class MemoryController:
         Raises:
             TypeError, ValueError: an array is not as above.
             AddressError: a page is not in DRAM.
-            DramFullError: there was no space for all. The pages before ``address`` are in DRAM:
-                call again, with the same pages and their plaintext as it is by then.
+            DramFullError: there was no space for all. The pages before ``address`` are in DRAM,
+                but some may still lack MACs, which KeyIDs with integrity do not accept: call
+                again, with the same pages and their plaintext as it is by then.
             DramError: DRAM cannot be read or written.
         """
-        numbers = self._check_pages(pages)
+        numbers = check_page_numbers(pages, BATCH_PAGES)
+        for number in numbers[[0, -1]] if len(numbers) else ():
+            self._dram.check_range(int(number) * PAGE_BYTES, PAGE_BYTES)
         check_words("plaintext", plaintext, (len(numbers), WORDS_PER_PAGE))
         if line_masks is not None:
             check_words("line_masks", line_masks, (len(numbers),))
 
         stored = self._stored[: len(numbers)]
-        for start, stop in _runs_of_consecutive(numbers):
+        for start, stop in runs_of_consecutive(numbers):
             self._dram.read_into(int(numbers[start]) * PAGE_BYTES, stored[start:stop].data)
         if line_masks is None:
             ciphertext, changed = self._encrypt_pages(numbers, plaintext, stored)
         else:
             ciphertext, changed = self._encrypt_lines(numbers, plaintext, stored, line_masks)
-
-        written = np.flatnonzero(changed)
-        for first, last in _runs_of_consecutive(numbers[written]):
-            start, stop = int(written[first]), int(written[last - 1]) + 1
-            self._dram.write(int(numbers[start]) * PAGE_BYTES, ciphertext[start:stop].data)
+        if line_masks is None:
+            line_masks = np.full(len(numbers), _ALL_LINES)
+        self._write_pages(numbers, ciphertext, changed, line_masks)
         return changed
+
+    def rekey_pages(self, first_page: int, count: int, keyid: int) -> None:
+        """Assign pages to another KeyID, and encrypt what DRAM holds of them for it.
+
+        Hardware leaves this to software, which has to write back what caches hold under the old
+        KeyID first, then copy (336907, 7.4 AddPage and 7.5 EvictPage): so must the caller bring
+        pending writes into DRAM before. Lines never written stay so.
+
+        Args:
+            first_page: page number in DRAM.
+            count: how many pages, at most `BATCH_PAGES`.
+            keyid: 0 to ``keyid_count - 1``.
+
+        Raises:
+            ValueError: too many pages.
+            AddressError: not all of the pages are in DRAM.
+            KeyIdError: no such KeyID.
+            IntegrityError: a line does not match its MAC under its present KeyID. Nothing was
+                changed: a MAC of what it decrypts to would make it good.
+            DramError: DRAM cannot be read or written. Some pages may be the new KeyID's with a
+                part of their old ciphertext: write them anew.
+        """
+        if count > BATCH_PAGES:
+            raise ValueError(f"at most {BATCH_PAGES} pages at once, not {count}")
+        self._dram.check_range(first_page * PAGE_BYTES, count * PAGE_BYTES)
+        self._check_keyid(keyid)
+        numbers = np.arange(first_page, first_page + count)
+        pages, ciphertext = self._stored[:count], self._ciphertext[:count]
+        self._dram.read_into(first_page * PAGE_BYTES, pages.data)
+        never_written, bad = self._decrypt_pages(numbers, pages, None)
+        self._check_lines(numbers, bad, None)
+        self._page_keyids[first_page : first_page + count] = keyid
+        self._encrypt(
+            numbers,
+            range(0, (count + 1) * LINES_PER_PAGE, LINES_PER_PAGE),
+            as_lines(pages),
+            self._line_addresses(numbers),
+            as_lines(ciphertext),
+        )
+        as_lines(ciphertext)[never_written] = 0
+        written = pack_masks(~never_written.reshape(count, LINES_PER_PAGE))
+        self._write_pages(numbers, ciphertext, written, written)
+
+    def discard(self, first_page: int, count: int) -> None:
+        """Make pages' lines never-written ones: they read as zeros.
+
+        Raises:
+            AddressError: not all of the pages are in DRAM.
+            DramError: they cannot be erased.
+        """
+        self._dram.check_range(first_page * PAGE_BYTES, count * PAGE_BYTES)
+        self._dram.erase(Region(first_page * PAGE_BYTES, count * PAGE_BYTES))
+
+    def page_counts(self) -> list[int]:
+        """How many pages are assigned to each KeyID, by KeyID."""
+        counts: list[int] = np.bincount(
+            self._page_keyids, minlength=self._keys.keyid_count
+        ).tolist()
+        return counts
+
+    def is_used(self, keyid: int, region: Region) -> bool:
+        """Whether any page of a region is assigned to a KeyID."""
+        pages = slice(region.base // PAGE_BYTES, region.end // PAGE_BYTES)
+        return bool((self._page_keyids[pages] == keyid).any())
 
     def read_pages(
         self,
@@ -196,22 +290,29 @@ class MemoryController:
         count: int,
         keyid: int | None = None,
         out: NDArray[np.uint64] | None = None,
+        poisoned: NDArray[np.uint64] | None = None,
     ) -> NDArray[np.uint64]:
         """Read pages from DRAM.
+
+        Under a KeyID with integrity, a line that does not match its MAC is poisoned.
 
         Args:
             first_page: page number in DRAM.
             count: how many pages.
             keyid: what to decrypt with; None for the KeyID that each page is assigned.
             out: shape (count, 512), uint64, C-contiguous; a new array when None.
+            poisoned: gets masks of the poisoned lines (bit i: line i), shape (count,), uint64,
+                C-contiguous. None: there must be none.
 
         Returns:
-            ``out``: the plaintext as little-endian words; zeros in lines never written.
+            ``out``: the plaintext as little-endian words; zeros in lines never written, all bits
+            set in poisoned ones.
 
         Raises:
-            TypeError, ValueError: ``out`` is not as above.
+            TypeError, ValueError: ``out`` or ``poisoned`` is not as above.
             AddressError: not all of the pages are in DRAM.
             KeyIdError: no such KeyID.
+            IntegrityError: a line is poisoned, and ``poisoned`` is None.
             DramError: DRAM cannot be read.
         """
         self._dram.check_range(first_page * PAGE_BYTES, count * PAGE_BYTES)
@@ -221,11 +322,18 @@ class MemoryController:
             out = np.empty((count, WORDS_PER_PAGE), np.uint64)
         else:
             check_words("out", out, (count, WORDS_PER_PAGE))
+        if poisoned is not None:
+            check_words("poisoned", poisoned, (count,))
         for start in range(0, count, BATCH_PAGES):
             batch = out[start : start + BATCH_PAGES]
             self._dram.read_into((first_page + start) * PAGE_BYTES, batch.data)
             numbers = np.arange(first_page + start, first_page + start + len(batch))
-            self._decrypt_pages(numbers, batch, keyid)
+            _, bad = self._decrypt_pages(numbers, batch, keyid)
+            if poisoned is None:
+                self._check_lines(numbers, bad, keyid)
+            else:
+                masks = pack_masks(bad.reshape(-1, LINES_PER_PAGE))
+                poisoned[start : start + BATCH_PAGES] = masks
         return out
 
     def read(self, address: int, size_bytes: int, keyid: int | None = None) -> bytearray:
@@ -239,6 +347,7 @@ class MemoryController:
         Raises:
             AddressError: the range is not whole lines of DRAM.
             KeyIdError: no such KeyID.
+            IntegrityError: one of the lines does not match its MAC.
             DramError: DRAM cannot be read.
         """
         if address % LINE_BYTES or size_bytes % LINE_BYTES:
@@ -248,8 +357,14 @@ class MemoryController:
         self._dram.check_range(address, size_bytes)
         first, offset = divmod(address, PAGE_BYTES)
         count = -(-(offset + size_bytes) // PAGE_BYTES)
-        plaintext = self.read_pages(first, count, keyid).view(np.uint8).reshape(-1)
-        return bytearray(plaintext[offset : offset + size_bytes].data)
+        poisoned = np.empty(count, np.uint64)
+        plaintext = self.read_pages(first, count, keyid, poisoned=poisoned)
+        bad = unpack_masks(poisoned)
+        # What else is on the pages was not asked for.
+        bad.reshape(-1)[: offset // LINE_BYTES] = False
+        bad.reshape(-1)[(offset + size_bytes) // LINE_BYTES :] = False
+        self._check_lines(np.arange(first, first + count), bad.reshape(-1), keyid)
+        return bytearray(plaintext.view(np.uint8).reshape(-1)[offset : offset + size_bytes].data)
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -265,13 +380,13 @@ class MemoryController:
         self._encrypt(
             numbers,
             range(0, (count + 1) * LINES_PER_PAGE, LINES_PER_PAGE),
-            _lines(plaintext),
+            as_lines(plaintext),
             self._line_addresses(numbers),
-            _lines(ciphertext),
+            as_lines(ciphertext),
         )
         flags = self._flags[:count]
         np.not_equal(ciphertext, stored, out=flags)
-        return ciphertext, _line_masks(_any_of_line(flags))
+        return ciphertext, pack_masks(any_of_line(flags))
 
     def _encrypt_lines(
         self,
@@ -283,19 +398,19 @@ class MemoryController:
         """As `_encrypt_pages`, but only the lines in the masks, into ``stored`` itself."""
         chosen = np.flatnonzero(np.unpackbits(line_masks.view(np.uint8), bitorder="little"))
         bounds = [0, *np.cumsum(np.bitwise_count(line_masks), dtype=np.int64).tolist()]
-        ciphertext = _lines(self._ciphertext)[: len(chosen)]
+        ciphertext = as_lines(self._ciphertext)[: len(chosen)]
         before = self._stored_lines[: len(chosen)]
         # mode="clip": with the default, numpy copies into a temporary first.
-        np.take(_lines(plaintext), chosen, axis=0, out=ciphertext, mode="clip")
+        np.take(as_lines(plaintext), chosen, axis=0, out=ciphertext, mode="clip")
         addresses = self._line_addresses(numbers)[chosen]
         self._encrypt(numbers, bounds, ciphertext, addresses, ciphertext)
-        np.take(_lines(stored), chosen, axis=0, out=before, mode="clip")
-        flags = self._flags.reshape(-1, _WORDS_PER_LINE)[: len(chosen)]
+        np.take(as_lines(stored), chosen, axis=0, out=before, mode="clip")
+        flags = self._flags.reshape(-1, WORDS_PER_LINE)[: len(chosen)]
         np.not_equal(ciphertext, before, out=flags)
-        _lines(stored)[chosen] = ciphertext
+        as_lines(stored)[chosen] = ciphertext
         changed = np.zeros((len(numbers), LINES_PER_PAGE), np.bool_)
-        changed.reshape(-1)[chosen] = _any_of_line(flags).reshape(-1)
-        return stored, _line_masks(changed)
+        changed.reshape(-1)[chosen] = any_of_line(flags).reshape(-1)
+        return stored, pack_masks(changed)
 
     def _encrypt(
         self,
@@ -306,33 +421,87 @@ class MemoryController:
         out: NDArray[np.uint64],
     ) -> None:
         """Encrypt lines of some pages; those of page k are lines bounds[k] to bounds[k + 1]."""
-        keyids = self._page_keyids[numbers]
-        for start, stop in _runs_of_equal(keyids):
+        for start, stop, cipher, _ in self._domains(numbers, self._page_keyids[numbers]):
             part = slice(bounds[start], bounds[stop])
-            cipher = self._keys.cipher(int(keyids[start]))
             if cipher is None:
                 out[part] = lines[part]
             else:
                 cipher.encrypt_lines(lines[part], addresses[part], out=out[part])
 
+    def _write_pages(
+        self,
+        numbers: NDArray[np.int64],
+        ciphertext: NDArray[np.uint64],
+        changed: NDArray[np.uint64],
+        chosen: NDArray[np.uint64],
+    ) -> None:
+        """Write pages whose masks of changed lines are not 0, and chosen lines' MACs."""
+        domains = [
+            (start, stop, macs)
+            for start, stop, _, macs in self._domains(numbers, self._page_keyids[numbers])
+        ]
+        dirty, update = changed != 0, None
+        if self._dram.has_macs or any(macs is not None for _, _, macs in domains):
+            addresses = self._line_addresses(numbers)
+            update = MacUpdate(
+                self._dram, numbers, as_lines(ciphertext), addresses, changed, chosen, domains
+            )
+            dirty |= update.pages
+        written = np.flatnonzero(dirty)
+        for first, last in runs_of_consecutive(numbers[written]):
+            start, stop = int(written[first]), int(written[last - 1]) + 1
+            if update is not None:
+                update.clear(start, stop)
+            if changed[start:stop].any():
+                self._dram.write(int(numbers[start]) * PAGE_BYTES, ciphertext[start:stop].data)
+            if update is not None:
+                update.commit(start, stop)
+
     def _decrypt_pages(
         self, numbers: NDArray[np.int64], pages: NDArray[np.uint64], keyid: int | None
-    ) -> None:
-        """Decrypt in place."""
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Decrypt in place; return which lines were never written, and which are poisoned.
+
+        Each has shape (n * 64,).
+        """
         flags = self._flags[: len(numbers)]
         np.not_equal(pages, 0, out=flags)
-        never_written = ~_any_of_line(flags).reshape(-1)
-        if never_written.all():
-            return
-        lines = _lines(pages)
+        never_written: NDArray[np.bool_] = ~any_of_line(flags).reshape(-1)
+        bad = np.zeros(len(never_written), np.bool_)
+        lines = as_lines(pages)
         addresses = self._line_addresses(numbers)
         keyids = self._page_keyids[numbers] if keyid is None else np.full(len(numbers), keyid)
-        for start, stop in _runs_of_equal(keyids):
+        for start, stop, cipher, macs in self._domains(numbers, keyids):
             part = slice(start * LINES_PER_PAGE, stop * LINES_PER_PAGE)
-            cipher = self._keys.cipher(int(keyids[start]))
-            if cipher is not None:
+            if macs is not None:
+                entries = read_entries(self._dram, numbers[start:stop]).reshape(-1)
+                bad[part] = macs.find_bad(
+                    lines[part], addresses[part], never_written[part], entries
+                )
+            if cipher is not None and not never_written[part].all():
                 cipher.decrypt_lines(lines[part], addresses[part], out=lines[part])
         lines[never_written] = 0
+        lines[bad] = _POISON
+        return never_written, bad
+
+    def _domains(
+        self, numbers: NDArray[np.int64], keyids: NDArray[np.integer[Any]]
+    ) -> Iterator[tuple[int, int, XtsCipher | None, LineMacs | None]]:
+        """Split pages into runs under one key; indices as `runs_of_equal`.
+
+        There is no cipher for plaintext, and nothing for MACs without integrity.
+        """
+        domains = keyids.astype(np.int64)
+        if self._exclusion is not None:
+            mask, base = self._exclusion.mask, self._exclusion.base
+            excluded = (numbers * PAGE_BYTES) & mask == base & mask
+            domains[(domains == 0) & excluded] = _EXCLUDED
+        for start, stop in runs_of_equal(domains):
+            domain = int(domains[start])
+            if domain == _EXCLUDED:
+                yield start, stop, None, None
+            else:
+                yield start, stop, self._keys.cipher(domain), self._keys.macs(domain)
 
     def _line_addresses(self, numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
         """Addresses of all lines of pages, shape (n * 64,), valid until the next call."""
@@ -341,57 +510,20 @@ class MemoryController:
         np.add(bases[:, np.newaxis], self._line_offsets, out=addresses)
         return addresses.reshape(-1)
 
+    def _check_lines(
+        self, numbers: NDArray[np.int64], bad: NDArray[np.bool_], keyid: int | None
+    ) -> None:
+        """Raise IntegrityError if any line of pages is poisoned."""
+        if bad.any():
+            page, line = divmod(int(bad.argmax()), LINES_PER_PAGE)
+            address = int(numbers[page]) * PAGE_BYTES + line * LINE_BYTES
+            if keyid is None:
+                keyid = self.keyid_at(address)
+            raise IntegrityError(address=address, keyid=keyid)
+
     def _check_keyid(self, keyid: int) -> None:
         if not 0 <= keyid < self._keys.keyid_count:
             raise KeyIdError(
                 f"no KeyID {keyid}: the platform has 0 to {self._keys.keyid_count - 1}",
                 keyid=keyid,
             )
-
-    def _check_pages(self, pages: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-        if not isinstance(pages, np.ndarray) or pages.dtype.kind not in "iu":
-            raise TypeError("pages must be an array of integers")
-        if pages.ndim != 1 or len(pages) > BATCH_PAGES:
-            raise ValueError(f"pages must have shape (n,), n <= {BATCH_PAGES}, not {pages.shape}")
-        numbers = pages.astype(np.int64)
-        if (numbers[1:] <= numbers[:-1]).any():
-            raise ValueError("pages must be ascending")
-        if len(numbers):
-            self._dram.check_range(int(numbers[0]) * PAGE_BYTES, PAGE_BYTES)
-            self._dram.check_range(int(numbers[-1]) * PAGE_BYTES, PAGE_BYTES)
-        return numbers
-
-
-def _runs_of_equal(values: NDArray[np.integer[Any]]) -> Iterator[tuple[int, int]]:
-    """Split values into runs of equal ones: (index of the first, index behind the last)."""
-    return _runs(len(values), values[1:] != values[:-1])
-
-
-def _runs_of_consecutive(numbers: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Split ascending numbers into runs without a gap, as `_runs_of_equal` does."""
-    return _runs(len(numbers), numbers[1:] != numbers[:-1] + 1)
-
-
-def _runs(count: int, breaks: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    ends = [count] if count else []
-    return pairwise([0, *(breaks.nonzero()[0] + 1).tolist(), *ends])
-
-
-def _lines(pages: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """View pages (n, 512) as lines (n * 64, 8)."""
-    return pages.reshape(-1, _WORDS_PER_LINE)
-
-
-def _any_of_line(flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Whether any of 8 words' flags is set: (n, 8 * k) to (n, k).
-
-    The 8 bytes of a line's flags are looked at as one word: ``any(axis=-1)`` is ten times slower
-    over so short an axis.
-    """
-    any_of_line: NDArray[np.bool_] = flags.view(np.uint64) != 0
-    return any_of_line
-
-
-def _line_masks(lines: NDArray[np.bool_]) -> NDArray[np.uint64]:
-    """Pack flags (n, 64) into masks (n,); line i is bit i."""
-    return np.packbits(lines, axis=1, bitorder="little").view(np.uint64).reshape(-1)

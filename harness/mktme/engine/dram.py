@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The DRAM image, and the JSON sidecar that says how to read it.
+"""The DRAM image, the MACs beside it, and the JSON sidecar that says how to read them.
 
 The image is a sparse raw file: byte offset A is system physical address A, KeyID bits stripped.
 
@@ -8,37 +8,31 @@ KeyID. (A line that was written is all zero with probability 2^-512, or when it 
 its KeyID does not encrypt.) So the file stays sparse, and a copy that is not sparse means the
 same.
 
-The image is read and written with preadv and pwrite only. It is never mapped: when its file
-system is full, a store to a mapped hole is a SIGBUS, where pwrite returns ENOSPC and the engine
-can wait for space.
+The MAC area is another such file, with an entry of 4 bytes for each line: what real hardware keeps
+in the memory's spare bits. It stays empty as long as no KeyID has integrity.
 """
 
 from __future__ import annotations
 
 import bisect
-import ctypes
-import errno
-import fcntl
 import os
-import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, Literal, NoReturn, Self
+from typing import Annotated, Final, Literal, Self
 from uuid import UUID
 
 import msgspec
 
-from mktme.engine.errors import AddressError, DramError, DramFullError
+from mktme.engine.errors import AddressError, DramError
+from mktme.engine.integrity import ENTRY_BYTES, MAC_RULE
 from mktme.engine.keys import MAX_KEYID_BITS, KeyDescription
+from mktme.engine.sparse_file import SparseFile
 from mktme.engine.xts import LINE_BYTES, PAGE_BYTES
 
 REGION_ALIGN_BYTES: Final = 2 << 20
 
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
-# linux/falloc.h
-_FALLOC_FL_KEEP_SIZE: Final = 1
-_FALLOC_FL_PUNCH_HOLE: Final = 2
+_BYTES_PER_MAC_BYTE: Final = LINE_BYTES // ENTRY_BYTES
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -57,10 +51,10 @@ class Region:
 class Dram:
     """An open DRAM image; `Dram.create` or `Dram.open` makes one. A context manager."""
 
-    def __init__(self, fd: int, path: Path, size_bytes: int) -> None:
-        self._fd = fd
-        self._path = path
-        self._size_bytes = size_bytes
+    def __init__(self, image: SparseFile, macs: SparseFile, *, has_macs: bool) -> None:
+        self._image = image
+        self._macs = macs
+        self._has_macs = has_macs
         self._regions: list[Region] = []  # ascending
 
     @classmethod
@@ -68,33 +62,29 @@ class Dram:
         """Make an image of never-written lines, accessible to its owner only.
 
         Args:
-            path: where.
+            path: where; the MACs are in `mac_path` of it.
             size_bytes: a multiple of 4096.
-            overwrite: whether a file that exists may be replaced by the image.
+            overwrite: whether files that exist may be replaced.
 
         Raises:
             ValueError: the size is not a positive multiple of 4096.
-            DramError: the file exists, is another engine's DRAM, or cannot be made.
+            DramError: a file exists, is another engine's DRAM, or cannot be made.
         """
         if size_bytes <= 0 or size_bytes % PAGE_BYTES:
             raise ValueError(f"the DRAM size must be whole 4 KiB pages, not {size_bytes} bytes")
-        fd = _open_image(path, os.O_RDWR | os.O_CREAT | (0 if overwrite else os.O_EXCL))
+        image = SparseFile.create(path, size_bytes, overwrite=overwrite)
         try:
-            # Not O_TRUNC: an image that another process writes must be left alone.
-            _lock(fd, path)
-            try:
-                os.fchmod(fd, 0o600)
-                os.ftruncate(fd, 0)
-                os.ftruncate(fd, size_bytes)
-            except OSError as error:
-                os.unlink(path)
-                raise DramError(
-                    f"{path}: no DRAM of {size_bytes} bytes: {error.strerror}"
-                ) from error
+            macs = SparseFile.create(
+                mac_path(path),
+                size_bytes // _BYTES_PER_MAC_BYTE,
+                overwrite=overwrite,
+                stands_for=_BYTES_PER_MAC_BYTE,
+            )
         except BaseException:
-            os.close(fd)
+            image.close()
+            os.unlink(path)
             raise
-        return cls(fd, path, size_bytes)
+        return cls(image, macs, has_macs=False)
 
     @classmethod
     def open(cls, path: Path, *, read_only: bool = True) -> Self:
@@ -103,34 +93,49 @@ class Dram:
         It knows of no regions: `allocate` is for the process that created the image.
 
         Args:
-            path: the image.
+            path: the image; the MACs are in `mac_path` of it.
             read_only: False to write to it too, which only one process at a time can.
 
         Raises:
-            DramError: it cannot be opened, is no regular file or not whole pages, or another
-                process writes it.
+            DramError: a file cannot be opened, is no regular file or has no fitting size, or
+                another process writes it.
         """
-        fd = _open_image(path, os.O_RDONLY if read_only else os.O_RDWR)
+        image = SparseFile.open(path, read_only=read_only)
+        macs = None
         try:
-            if not read_only:
-                _lock(fd, path)
-            size_bytes = os.fstat(fd).st_size
-            if size_bytes == 0 or size_bytes % PAGE_BYTES:
-                raise DramError(f"{path}: no DRAM image: {size_bytes} bytes are not whole pages")
+            if image.size_bytes == 0 or image.size_bytes % PAGE_BYTES:
+                raise DramError(
+                    f"{path}: no DRAM image: {image.size_bytes} bytes are not whole pages"
+                )
+            macs = SparseFile.open(
+                mac_path(path), read_only=read_only, stands_for=_BYTES_PER_MAC_BYTE
+            )
+            if macs.size_bytes * _BYTES_PER_MAC_BYTE != image.size_bytes:
+                raise DramError(
+                    f"{macs.path}: {macs.size_bytes} bytes are not the MACs of"
+                    f" {image.size_bytes} bytes of DRAM"
+                )
         except BaseException:
-            os.close(fd)
+            image.close()
+            if macs is not None:
+                macs.close()
             raise
-        return cls(fd, path, size_bytes)
+        return cls(image, macs, has_macs=True)
 
     @property
     def path(self) -> Path:
         """The image file."""
-        return self._path
+        return self._image.path
 
     @property
     def size_bytes(self) -> int:
         """Bytes of DRAM."""
-        return self._size_bytes
+        return self._image.size_bytes
+
+    @property
+    def has_macs(self) -> bool:
+        """Whether any entry of the MAC area may be other than 0."""
+        return self._has_macs
 
     def read_into(self, address: int, buffer: bytearray | memoryview) -> None:
         """Fill a buffer with ciphertext.
@@ -143,17 +148,8 @@ class Dram:
             AddressError: the range is not all in DRAM.
             DramError: the file cannot be read, or was cut short.
         """
-        view = memoryview(buffer).cast("B")
-        self.check_range(address, len(view))
-        done = 0
-        while done < len(view):
-            try:
-                count = os.preadv(self._fd, [view[done:]], address + done)
-            except OSError as error:
-                self._raise("cannot read", error, address + done)
-            if count == 0:
-                raise DramError(f"{self._path}: cut short at {address + done:#x}")
-            done += count
+        self.check_range(address, memoryview(buffer).nbytes)
+        self._image.read_into(address, buffer)
 
     def write(self, address: int, buffer: bytes | bytearray | memoryview) -> None:
         """Write ciphertext.
@@ -167,14 +163,39 @@ class Dram:
             DramFullError: there is no space; ``address`` is the first byte not written.
             DramError: the file cannot be written.
         """
-        view = memoryview(buffer).cast("B")
-        self.check_range(address, len(view))
-        done = 0
-        while done < len(view):
-            try:
-                done += os.pwrite(self._fd, view[done:], address + done)
-            except OSError as error:
-                self._raise("cannot write", error, address + done)
+        self.check_range(address, memoryview(buffer).nbytes)
+        self._image.write(address, buffer)
+
+    def read_macs_into(self, address: int, entries: bytearray | memoryview) -> None:
+        """Fill a buffer with lines' entries of the MAC area.
+
+        Args:
+            address: of the first line.
+            entries: 4 bytes a line; C-contiguous, writable, of any item type.
+
+        Raises:
+            AddressError: the lines are not all in DRAM.
+            DramError: the file cannot be read, or was cut short.
+        """
+        self.check_range(address, memoryview(entries).nbytes * _BYTES_PER_MAC_BYTE)
+        self._macs.read_into(address // _BYTES_PER_MAC_BYTE, entries)
+
+    def write_macs(self, address: int, entries: bytes | bytearray | memoryview) -> None:
+        """Write lines' entries of the MAC area.
+
+        Args:
+            address: of the first line.
+            entries: 4 bytes a line; C-contiguous, of any item type.
+
+        Raises:
+            AddressError: the lines are not all in DRAM.
+            DramFullError: there is no space; ``address`` is in the first line whose entry was not
+                written.
+            DramError: the file cannot be written.
+        """
+        self.check_range(address, memoryview(entries).nbytes * _BYTES_PER_MAC_BYTE)
+        self._has_macs = True
+        self._macs.write(address // _BYTES_PER_MAC_BYTE, entries)
 
     def allocate(self, size_bytes: int) -> Region:
         """Set aside a range of DRAM, aligned to 2 MiB: the first that is free.
@@ -197,9 +218,9 @@ class Dram:
                 break
             base = -(-taken.end // REGION_ALIGN_BYTES) * REGION_ALIGN_BYTES
         region = Region(base, size_bytes)
-        if region.end > self._size_bytes:
+        if region.end > self.size_bytes:
             raise AddressError(
-                f"no free {size_bytes} bytes in {self._size_bytes} bytes of DRAM",
+                f"no free {size_bytes} bytes in {self.size_bytes} bytes of DRAM",
                 address=base,
                 hint="make DRAM larger, or remove a VM",
             )
@@ -222,18 +243,17 @@ class Dram:
 
     def check_range(self, address: int, size_bytes: int) -> None:
         """Raise AddressError unless all of a range is in DRAM."""
-        if address < 0 or size_bytes < 0 or address + size_bytes > self._size_bytes:
+        if address < 0 or size_bytes < 0 or address + size_bytes > self.size_bytes:
             raise AddressError(
                 f"{size_bytes} bytes at {address:#x} are not in DRAM "
-                f"(0 to {self._size_bytes - 1:#x})",
+                f"(0 to {self.size_bytes - 1:#x})",
                 address=address,
             )
 
     def close(self) -> None:
-        """Close the image; it stays on disk. Closing again does nothing."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Close the image and its MACs; they stay on disk. Closing again does nothing."""
+        self._image.close()
+        self._macs.close()
 
     def __enter__(self) -> Self:
         return self
@@ -242,71 +262,29 @@ class Dram:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Dram {self._path}, {self._size_bytes} bytes>"
+        return f"<Dram {self.path}, {self.size_bytes} bytes>"
 
     def erase(self, region: Region) -> None:
-        """Make a range's lines never-written ones: a hole, unless it is one.
+        """Make a range's lines never-written ones: holes, unless they are.
 
         Raises:
             DramError: the file system cannot do that.
         """
-        try:
-            data = os.lseek(self._fd, region.base, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # no data from here to the end of the file
-                return
-            self._raise("cannot read", error, region.base)
-        if data >= region.end:
-            return
-        if _libc.fallocate(
-            self._fd,
-            _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE,
-            ctypes.c_int64(region.base),
-            ctypes.c_int64(region.size_bytes),
-        ):
-            number = ctypes.get_errno()
-            self._raise("cannot erase", OSError(number, os.strerror(number)), region.base)
-
-    def _raise(self, what: str, error: OSError, address: int) -> NoReturn:
-        message = f"{self._path}: {what} at {address:#x}: {error.strerror}"
-        if error.errno in _FULL:
-            raise DramFullError(
-                message, address=address, hint=f"make space on the file system of {self._path}"
-            ) from error
-        raise DramError(message) from error
+        self._image.erase(region.base, region.size_bytes)
+        self._macs.erase(
+            region.base // _BYTES_PER_MAC_BYTE, region.size_bytes // _BYTES_PER_MAC_BYTE
+        )
 
 
-_libc: Final = ctypes.CDLL(None, use_errno=True)
-
-
-def _open_image(path: Path, flags: int) -> int:
-    try:
-        # O_NONBLOCK: opening a FIFO must not wait for its other end.
-        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-    except FileExistsError as error:
-        raise DramError(
-            f"{path}: exists", hint="remove it, or choose another path for DRAM"
-        ) from error
-    except OSError as error:
-        raise DramError(f"{path}: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise DramError(f"{path}: not a regular file")
-    return fd
-
-
-def _lock(fd: int, path: Path) -> None:
-    """Take the image's write lock; it ends with the descriptor."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DramError(f"{path}: another process writes this image") from None
+def mac_path(image: Path) -> Path:
+    """Where the MACs of an image are: ``<image>.mac``."""
+    return image.with_name(f"{image.name}.mac")
 
 
 # --- the sidecar ------------------------------------------------------------------------------
 
 SIDECAR_SCHEMA: Final = "mktme-dram"
-SIDECAR_VERSION: Final = 1
+SIDECAR_VERSION: Final = 3
 _SIDECAR_MAX_BYTES: Final = 64 << 20
 
 TWEAK_RULE: Final = (
@@ -363,28 +341,52 @@ class PageRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     keyid: _KeyId
 
 
+class ExclusionRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """KeyID 0 holds plaintext where ``address & mask == base & mask`` (MSRs 983H and 984H)."""
+
+    mask: _Bytes
+    base: _Bytes
+
+
+class IntegrityRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The MACs of lines.
+
+    Attributes:
+        file: the MAC area's name; it is in the image's directory.
+        entry_bytes: what a line has in it.
+        rule: how an entry is made and checked, for a reader who has only this file.
+    """
+
+    file: str
+    entry_bytes: Literal[4] = ENTRY_BYTES
+    rule: str = MAC_RULE
+
+
 class Sidecar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All that it takes, besides the keys, to read a DRAM image. Never a key.
 
     Attributes:
         platform: sizes.
-        keys: how KeyIDs are programmed; one that is not listed is as KeyID 0.
+        keys: how KeyIDs are programmed; one that is not listed is as KeyID 0. Without an
+            algorithm, its memory is plaintext.
+        exclusion: where KeyID 0's is, although it has an algorithm; None: nowhere.
         vms: whose RAM is where.
         pages: the KeyID of every page of DRAM.
-        integrity: where line MACs are; None, there are none.
+        integrity: the MACs of lines; None, no KeyID has integrity.
         tweak, never_written: rules, for a reader who has only this file.
     """
 
     schema: Literal["mktme-dram"] = SIDECAR_SCHEMA
-    version: Literal[1] = SIDECAR_VERSION
+    version: Literal[3] = SIDECAR_VERSION
     platform: PlatformRecord
     data_unit_bytes: Literal[64] = LINE_BYTES
     tweak: str = TWEAK_RULE
     never_written: str = NEVER_WRITTEN_RULE
     keys: tuple[KeyDescription, ...]
+    exclusion: ExclusionRecord | None = None
     vms: tuple[VmRecord, ...]
     pages: tuple[PageRange, ...]
-    integrity: None = None
+    integrity: IntegrityRecord | None = None
 
 
 class _Header(msgspec.Struct):
@@ -447,5 +449,6 @@ def read_sidecar(path: Path) -> Sidecar:
                 hint="use the mktme that wrote it",
             )
         return msgspec.json.decode(data, type=Sidecar)
-    except msgspec.DecodeError as error:
+    # msgspec's own, and what it lets through: of text that is not UTF-8, and of deep nesting.
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DramError(f"{path}: no valid sidecar: {error}") from error

@@ -8,22 +8,34 @@ The whole tree, outer layers included (each layer defines its own branch)::
     │   ├── AddressError            an address or range that the platform does not have
     │   ├── KeyIdError              a KeyID that cannot be used as asked
     │   ├── KeyMaterialError        a key, or key file, that must not be used
-    │   └── DramError               the DRAM image cannot be read or written
-    │       └── DramFullError       its file system is full (ENOSPC, EDQUOT)
+    │   ├── DramError               the DRAM image cannot be read or written
+    │   │   └── DramFullError       its file system is full (ENOSPC, EDQUOT)
+    │   ├── IntegrityError          a line in DRAM that does not match its MAC
+    │   ├── EntropyError            mktme.engine.rng: the noise source is not to be trusted
+    │   ├── GeneralProtection       mktme.engine.tme: an instruction raises #GP
+    │   ├── PconfigError            mktme.engine.package: a KeyID could not be programmed
+    │   ├── PlatformConfigError     mktme.engine.firmware: a setting that no platform can have
+    │   └── FirmwareError           mktme.engine.firmware: TME could not be enabled
     ├── LinkError                   mktme.datapath.link: a hello that is refused
     ├── WriteTrackingError          mktme.datapath.uffd: the kernel or its permissions lack it
+    ├── FaultServiceError           mktme.datapath.uffd: a guest's page faults cannot be served
+    │   └── GuestGoneError          its QEMU, or the memory in it, is gone
     ├── ProtocolError               mktme.service.wire: not a message of the control protocol
+    ├── RoleError                   mktme.service.wire: not for a connection of that role
+    ├── LimitError                  mktme.service.limits: more than one peer can have
     ├── ServiceError                mktme.service.client: the engine could not be asked
     │   ├── EngineGoneError         its process or connection ended
     │   └── EngineRefusedError      it answered with a failure
     ├── EnvironmentUnfitError       mktme.vm.host: this machine lacks something
     ├── UsageError                  mktme.vm.host: an option value that makes no sense
+    │   └── BypassError             mktme.vm.bypass: what would bypass a guest's data path
     ├── UnknownGuestError           mktme.vm.images: no recipe of that name
     ├── ImageError                  mktme.vm.images: a guest image that cannot be built or trusted
     ├── VmError                     mktme.vm.console: a guest that did not do as expected
     │   ├── VmLostError             it is gone, or silent
     │   └── GuestCommandError       a command in it failed
-    └── GuestRamError               mktme.proof.guest_ram: RAM that cannot be read
+    ├── GuestRamError               mktme.proof.guest_ram: RAM that cannot be read
+    └── KeySearchError              mktme.proof.custody: what cannot be searched for keys
 """
 
 from __future__ import annotations
@@ -76,3 +88,20 @@ class DramFullError(DramError):
     def __init__(self, message: str, *, address: int, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.address = address
+
+
+class IntegrityError(EngineError):
+    """A line does not match its MAC: it was changed, moved, or written under another key.
+
+    Attributes:
+        address: the line's address in DRAM.
+        keyid: the KeyID that it was read through.
+    """
+
+    def __init__(self, *, address: int, keyid: int) -> None:
+        super().__init__(
+            f"the line at {address:#x} does not match its MAC under KeyID {keyid}",
+            hint="DRAM was changed from outside, or its page was written through another KeyID",
+        )
+        self.address = address
+        self.keyid = keyid

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The key table: which key, if any, each KeyID stands for.
 
-What Python can and cannot promise about keys: the buffers that this package owns (the key file's
-contents, each cipher's key) are bytearrays, overwritten when their use ends, and OpenSSL cleanses
-its key schedules. But ``os.urandom`` returns an immutable ``bytes`` object, whose memory goes back
-to the allocator as it is, and the interpreter may copy any object. The engine process as a whole
-is therefore the boundary that protects keys, not this module.
+A key lives in `mktme.engine.secret`'s memory, which at its best nobody can read from outside; what
+it passes on its way there (a key file's contents, PCONFIG's structure) is in bytearrays that are
+overwritten when their use ends; and OpenSSL expands it for one call at a time. A key for integrity
+is also in a hash state, from which it is not to be had (`mktme.engine.integrity`). What stays
+exposed is that moment, and that whoever controls the engine's process can make it do anything. The
+process is therefore the boundary that protects keys, not this module (`mktme.service.custody`).
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ import enum
 import errno
 import os
 import stat
+import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn, Self
 
 from mktme.engine.errors import KeyIdError, KeyMaterialError
+from mktme.engine.integrity import LineMacs
+from mktme.engine.rng import Rng
+from mktme.engine.secret import allocate
 from mktme.engine.xts import Algorithm, XtsCipher, wipe
 
 MAX_KEYID_BITS: Final = 15
@@ -49,7 +54,8 @@ class KeyDescription:
     Attributes:
         keyid: the KeyID.
         mode: how it was programmed.
-        algorithm: what its lines are encrypted with; None for `KeyMode.NO_ENCRYPT`.
+        algorithm: what its lines are encrypted with; None if they are not: `KeyMode.NO_ENCRYPT`,
+            or TME is off or bypassed.
     """
 
     keyid: int
@@ -58,32 +64,53 @@ class KeyDescription:
 
 
 @dataclass(frozen=True, slots=True)
+class _Key:
+    """What uses a key: a cipher, and MACs if the algorithm has integrity."""
+
+    cipher: XtsCipher
+    macs: LineMacs | None
+
+    @classmethod
+    def make(cls, algorithm: Algorithm, material: bytes | bytearray | memoryview) -> Self:
+        cipher = XtsCipher(algorithm, material)
+        return cls(cipher, LineMacs(material) if algorithm.has_integrity else None)
+
+    def wipe(self) -> None:
+        self.cipher.wipe()
+        if self.macs is not None:
+            self.macs.wipe()
+
+
+@dataclass(frozen=True, slots=True)
 class _Entry:
     mode: KeyMode
-    cipher: XtsCipher | None
+    key: _Key | None
+
+
+_TME_OFF: Final = _Entry(KeyMode.PLATFORM, None)
 
 
 class KeyTable:
-    """The keys of one platform; KeyIDs 0 to ``2**keyid_bits - 1``.
+    """The keys of one package.
 
-    The TME key is drawn at construction. It is KeyID 0's, and that of each KeyID that is not
-    programmed.
+    Until it is activated there is KeyID 0 only, whose memory is not encrypted. From then on the
+    TME key is KeyID 0's, and that of each KeyID that is not programmed.
 
     Args:
-        keyid_bits: physical address bits used as KeyID, 0 (TME only) to `MAX_KEYID_BITS`.
-        tme_algorithm: what the TME key is for.
+        rng: draws the TME key and random keys.
 
-    Raises:
-        ValueError: ``keyid_bits`` is out of range.
+    Attributes:
+        lock: KEY_TABLE_LOCK (336907, chapter 6): whoever programs a KeyID, or relies on KeyIDs
+            to stay as they are for a while, holds it.
     """
 
-    def __init__(
-        self, keyid_bits: int = 6, tme_algorithm: Algorithm = Algorithm.AES_XTS_128
-    ) -> None:
-        if not 0 <= keyid_bits <= MAX_KEYID_BITS:
-            raise ValueError(f"keyid_bits must be 0 to {MAX_KEYID_BITS}, not {keyid_bits}")
-        self._keyid_bits = keyid_bits
-        self._platform = _Entry(KeyMode.PLATFORM, _random_cipher(tme_algorithm))
+    def __init__(self, rng: Rng | None = None) -> None:
+        self.lock = threading.Lock()
+        self._rng = Rng() if rng is None else rng
+        self._keyid_bits = 0
+        self._tme: _Key | None = None
+        self._saved: _Key | None = None
+        self._platform = _TME_OFF
         self._programmed: dict[int, _Entry] = {}
 
     @property
@@ -95,6 +122,62 @@ class KeyTable:
     def keyid_count(self) -> int:
         """How many KeyIDs there are, KeyID 0 included."""
         return 1 << self._keyid_bits
+
+    # --- the TME key --------------------------------------------------------------------------
+
+    def draw_tme_key(self, algorithm: Algorithm) -> None:
+        """Make a new TME key; `activate` puts it to use.
+
+        Raises:
+            EntropyError: the random number generator failed; there is no TME key then.
+        """
+        self._drop_tme_key()
+        self._tme = self._draw(algorithm)
+
+    def restore_tme_key(self, algorithm: Algorithm) -> bool:
+        """Take the TME key that was saved for standby; False if there is none for `algorithm`."""
+        self._drop_tme_key()
+        if self._saved is None or self._saved.cipher.algorithm is not algorithm:
+            return False
+        self._tme = self._saved
+        return True
+
+    def save_tme_key(self) -> None:
+        """Keep the TME key where standby does not reach it."""
+        if self._saved is not None and self._saved is not self._tme:
+            self._saved.wipe()
+        self._saved = self._tme
+
+    def activate(self, keyid_bits: int, *, bypass: bool = False) -> None:
+        """Open the table: what a successful write to IA32_TME_ACTIVATE does.
+
+        Args:
+            keyid_bits: physical address bits used as KeyID, 0 (TME only) to `MAX_KEYID_BITS`.
+            bypass: whether KeyID 0, and what is as it, is not encrypted.
+
+        Raises:
+            ValueError: ``keyid_bits`` is out of range.
+            KeyMaterialError: there is no TME key.
+        """
+        if not 0 <= keyid_bits <= MAX_KEYID_BITS:
+            raise ValueError(f"keyid_bits must be 0 to {MAX_KEYID_BITS}, not {keyid_bits}")
+        if self._tme is None:
+            raise KeyMaterialError("there is no TME key to activate")
+        self._keyid_bits = keyid_bits
+        self._platform = _TME_OFF if bypass else _Entry(KeyMode.PLATFORM, self._tme)
+
+    def reset(self, *, keep_saved_key: bool = True) -> None:
+        """CPU reset: every key is destroyed, except that saved for standby if so asked."""
+        for keyid in tuple(self._programmed):
+            self._replace(keyid, None)
+        self._drop_tme_key()
+        if self._saved is not None and not keep_saved_key:
+            self._saved.wipe()
+            self._saved = None
+        self._keyid_bits = 0
+        self._platform = _TME_OFF
+
+    # --- the other KeyIDs ---------------------------------------------------------------------
 
     def program_direct(
         self, keyid: int, algorithm: Algorithm, key: bytes | bytearray | memoryview
@@ -111,20 +194,28 @@ class KeyTable:
             KeyMaterialError: the key must not be used; the KeyID keeps what it had.
         """
         self._check_programmable(keyid)
-        self._replace(keyid, _Entry(KeyMode.DIRECT, XtsCipher(algorithm, key)))
+        self._replace(keyid, _Entry(KeyMode.DIRECT, _Key.make(algorithm, key)))
 
-    def program_random(self, keyid: int, algorithm: Algorithm) -> None:
+    def program_random(
+        self,
+        keyid: int,
+        algorithm: Algorithm,
+        entropy: bytes | bytearray | memoryview | None = None,
+    ) -> None:
         """Draw a key for a KeyID (SET_KEY_RANDOM).
 
         Args:
             keyid: 1 to `keyid_count` - 1.
             algorithm: what the key is for.
+            entropy: software's own, as long as the key; it is XORed into what was drawn (SDM
+                vol. 2B, PCONFIG), so it can make the key no worse.
 
         Raises:
             KeyIdError: no such KeyID, or KeyID 0.
+            EntropyError: the random number generator failed; the KeyID keeps what it had.
         """
         self._check_programmable(keyid)
-        self._replace(keyid, _Entry(KeyMode.RANDOM, _random_cipher(algorithm)))
+        self._replace(keyid, _Entry(KeyMode.RANDOM, self._draw(algorithm, entropy)))
 
     def program_no_encrypt(self, keyid: int) -> None:
         """Let a KeyID's memory go to DRAM as it is (NO_ENCRYPT).
@@ -159,12 +250,32 @@ class KeyTable:
             keyid: 0 to `keyid_count` - 1.
 
         Returns:
-            The cipher, or None when the KeyID is `KeyMode.NO_ENCRYPT`.
+            The cipher, or None when the KeyID's memory is not encrypted.
 
         Raises:
             KeyIdError: no such KeyID.
         """
-        return self._entry(keyid).cipher
+        key = self._entry(keyid).key
+        return None if key is None else key.cipher
+
+    def macs(self, keyid: int) -> LineMacs | None:
+        """What makes the MACs of a KeyID's lines; good as long as its `cipher` is.
+
+        Args:
+            keyid: 0 to `keyid_count` - 1.
+
+        Returns:
+            None when the KeyID's algorithm has no integrity, or its memory is not encrypted.
+
+        Raises:
+            KeyIdError: no such KeyID.
+        """
+        key = self._entry(keyid).key
+        return None if key is None else key.macs
+
+    def is_programmed(self, keyid: int) -> bool:
+        """Whether a KeyID was programmed, and not cleared since."""
+        return keyid in self._programmed
 
     def describe(self) -> tuple[KeyDescription, ...]:
         """What may be told of the KeyIDs: KeyID 0, then each programmed one in order.
@@ -173,12 +284,30 @@ class KeyTable:
         """
         entries = {0: self._platform, **self._programmed}
         return tuple(
-            KeyDescription(keyid, entry.mode, entry.cipher.algorithm if entry.cipher else None)
+            KeyDescription(keyid, entry.mode, entry.key.cipher.algorithm if entry.key else None)
             for keyid, entry in sorted(entries.items())
         )
 
     def __repr__(self) -> str:
         return f"<KeyTable {self._keyid_bits} bits, {len(self._programmed)} KeyIDs programmed>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a KeyTable holds keys and cannot be pickled or copied")
+
+    def _draw(
+        self, algorithm: Algorithm, entropy: bytes | bytearray | memoryview | None = None
+    ) -> _Key:
+        with allocate(algorithm.key_bytes) as secret:
+            self._rng.fill(secret.view)
+            if entropy is not None:
+                for index, byte in enumerate(entropy):
+                    secret.view[index] ^= byte
+            return _Key.make(algorithm, secret.view)
+
+    def _drop_tme_key(self) -> None:
+        if self._tme is not None and self._tme is not self._saved:
+            self._tme.wipe()
+        self._tme = None
 
     def _entry(self, keyid: int) -> _Entry:
         if not 0 <= keyid < self.keyid_count:
@@ -194,14 +323,10 @@ class KeyTable:
 
     def _replace(self, keyid: int, entry: _Entry | None) -> None:
         old = self._programmed.pop(keyid, None)
-        if old is not None and old.cipher is not None:
-            old.cipher.wipe()
+        if old is not None and old.key is not None:
+            old.key.wipe()
         if entry is not None:
             self._programmed[keyid] = entry
-
-
-def _random_cipher(algorithm: Algorithm) -> XtsCipher:
-    return XtsCipher(algorithm, os.urandom(algorithm.key_bytes))
 
 
 def read_key_file(path: Path, algorithm: Algorithm) -> bytearray:
@@ -249,6 +374,8 @@ def _read_private_file(path: Path, buffer: bytearray) -> int:
     except OSError as error:
         hint = "give the file itself" if error.errno == errno.ELOOP else None
         raise KeyMaterialError(f"{path}: {error.strerror}", hint=hint) from error
+    except ValueError as error:  # a NUL in it
+        raise KeyMaterialError(f"{str(path)!r} is no path") from error
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):

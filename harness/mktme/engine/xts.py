@@ -21,6 +21,11 @@ How it is made fast
     What that gains is for the benchmark to say: ``mktme bench`` prints the rate beside that of
     ``openssl speed -evp aes-128-xts``.
 
+Where the keys are
+    In `mktme.engine.secret`'s memory, and nowhere else between calls. OpenSSL reads them there
+    for each call anew, expands them in its own memory, and cleanses that at the call's end. What
+    ordinary memory keeps is masks of the last batch, which are AES's outputs.
+
 Single-threaded: all ciphers of a process share one set of scratch arrays (about 1 MiB).
 """
 
@@ -29,7 +34,6 @@ from __future__ import annotations
 import enum
 import functools
 import hmac
-from collections.abc import Callable
 from typing import Final, NoReturn
 
 import numpy as np
@@ -37,6 +41,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algori
 from numpy.typing import NDArray
 
 from mktme.engine.errors import KeyMaterialError
+from mktme.engine.secret import allocate
 
 LINE_BYTES: Final = 64
 PAGE_BYTES: Final = 4096
@@ -60,11 +65,18 @@ class Algorithm(enum.Enum):
 
     AES_XTS_128 = "aes-xts-128"
     AES_XTS_256 = "aes-xts-256"
+    AES_XTS_128_INTEGRITY = "aes-xts-128-integrity"
+    """As `AES_XTS_128`, and a MAC for each line: `mktme.engine.integrity`."""
 
     @property
     def key_bytes(self) -> int:
         """Bytes of key material: the data key, then the tweak key."""
-        return 32 if self is Algorithm.AES_XTS_128 else 64
+        return 64 if self is Algorithm.AES_XTS_256 else 32
+
+    @property
+    def has_integrity(self) -> bool:
+        """Whether lines have MACs."""
+        return self is Algorithm.AES_XTS_128_INTEGRITY
 
 
 class XtsCipher:
@@ -79,9 +91,10 @@ class XtsCipher:
         TypeError: ``algorithm`` is no `Algorithm`, or ``key`` is not bytes-like.
         KeyMaterialError: the length is wrong, or the halves are equal, which makes XTS insecure
             and which FIPS 140-3 IG C.I forbids.
+        OSError: there is no memory for a key.
     """
 
-    __slots__ = ("_aes", "_algorithm", "_key", "_public_masks", "_tweak_aes")
+    __slots__ = ("_algorithm", "_ciphers", "_key", "_public_masks")
 
     def __init__(self, algorithm: Algorithm, key: bytes | bytearray | memoryview) -> None:
         if not isinstance(algorithm, Algorithm):
@@ -97,21 +110,19 @@ class XtsCipher:
             raise KeyMaterialError("data key and tweak key are equal (FIPS 140-3 IG C.I)")
         self._algorithm = algorithm
 
-        tweak_key = bytearray(material[half:])
-        self._tweak_aes: CipherContext | None = Cipher(
-            algorithms.AES(tweak_key), modes.ECB()
-        ).encryptor()
-        wipe(tweak_key)
-
         # W of the module's docstring: any public key but the data key, as OpenSSL too refuses
         # equal halves.
         public_key = bytes(half) if any(material[:half]) else b"\xff" * half
         self._public_masks = _public_masks(public_key)
-        # pyca keeps this very object, and reads the key from it for every new context: wiping
-        # it is what destroys the key.
-        self._key = bytearray(material[:half])
-        self._key += public_key
-        self._aes = Cipher(algorithms.AES(self._key), modes.XTS(bytes(_BLOCK_BYTES)))
+        self._key = allocate(3 * half)
+        view = self._key.view
+        view[:half] = material[:half]
+        view[half : 2 * half] = public_key
+        view[2 * half :] = material[half:]
+        # pyca keeps these very slices, and lets OpenSSL read them for every new context.
+        data_aes = Cipher(algorithms.AES(view[: 2 * half]), modes.XTS(bytes(_BLOCK_BYTES)))
+        tweak_aes = Cipher(algorithms.AES(view[2 * half :]), modes.ECB())
+        self._ciphers: tuple[Cipher[modes.XTS], Cipher[modes.ECB]] | None = (data_aes, tweak_aes)
 
     @property
     def algorithm(self) -> Algorithm:
@@ -144,7 +155,7 @@ class XtsCipher:
             ValueError: a shape or layout is not as above.
             KeyMaterialError: the key was wiped.
         """
-        return self._crypt(lines, addresses, out, self._aes.encryptor)
+        return self._crypt(lines, addresses, out, decrypt=False)
 
     def decrypt_lines(
         self,
@@ -153,16 +164,17 @@ class XtsCipher:
         out: NDArray[np.uint64] | None = None,
     ) -> NDArray[np.uint64]:
         """Decrypt whole lines; the inverse of `encrypt_lines`, with the same arguments."""
-        return self._crypt(lines, addresses, out, self._aes.decryptor)
+        return self._crypt(lines, addresses, out, decrypt=True)
 
     def _crypt(
         self,
         lines: NDArray[np.uint64],
         addresses: NDArray[np.uint64],
         out: NDArray[np.uint64] | None,
-        new_context: Callable[[], CipherContext],
+        *,
+        decrypt: bool,
     ) -> NDArray[np.uint64]:
-        if self._tweak_aes is None:
+        if self._ciphers is None:
             raise KeyMaterialError("this key was wiped")
         check_words("lines", lines, (len(lines), LINE_BYTES // 8))
         check_words("addresses", addresses, (len(lines),))
@@ -170,9 +182,12 @@ class XtsCipher:
             out = np.empty_like(lines)
         else:
             check_words("out", out, lines.shape)
+        data_aes, tweak_aes = self._ciphers
+        tweak_context = tweak_aes.encryptor()  # in both directions
+        new_context = data_aes.decryptor if decrypt else data_aes.encryptor
         for start in range(0, len(lines), _BATCH_LINES):
             batch = slice(start, start + _BATCH_LINES)
-            masks = _scratch.make_masks(self._tweak_aes, self._public_masks, addresses[batch])
+            masks = _scratch.make_masks(tweak_context, self._public_masks, addresses[batch])
             count = len(masks)
             blocks = _scratch.blocks[:count]
             np.bitwise_xor(lines[batch], masks, out=blocks)
@@ -185,13 +200,9 @@ class XtsCipher:
         return out
 
     def wipe(self) -> None:
-        """Overwrite the key; the cipher cannot be used any more.
-
-        OpenSSL cleanses its key schedules when it frees their contexts. Copies that the Python
-        interpreter may have made on the way here (`mktme.engine.keys` says which) stay.
-        """
-        wipe(self._key)
-        self._tweak_aes = None
+        """Overwrite the key; the cipher cannot be used any more."""
+        self._key.wipe()
+        self._ciphers = None
 
     def __repr__(self) -> str:
         return f"<XtsCipher {self._algorithm.value}>"

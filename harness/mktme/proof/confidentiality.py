@@ -3,6 +3,7 @@
 
 The guest fills a page with a random canary. The check looks for any one 16-byte block of it (the
 cipher's block; nothing shorter is worth more to an attacker) in the DRAM file, at each alignment.
+Pages that were given to a KeyID without encryption are what they are asked to be, and left out.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from pathlib import Path
 from typing import Final
 
 from mktme.engine.xts import LINE_BYTES, PAGE_BYTES
-from mktme.proof.guest_ram import ram_of
+from mktme.proof.guest_ram import memory_of
+from mktme.service.wire import Status, VmStatus
 from mktme.vm.console import Console, VmError
 from mktme.vm.platform import Vm
 
 BLOCK_BYTES: Final = 16
 _CHUNK_BYTES: Final = 8 << 20
 _PLANT_TIMEOUT_S: Final = 60.0
+_PLANT_SHARE: Final = 8  # a guest fills an eighth of its memory with canaries, not more
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +56,15 @@ class CanarySearch:
         dram_bytes_searched: how much of DRAM was not a hole and was searched.
         dram_hits: how often a 16-byte block of the canary is in DRAM.
         first_hit: DRAM address of the first one.
+        clear_bytes: how much of the VMs' memory was not searched, since it is not to be encrypted
+            though the VM it belongs to is.
     """
 
     ram_offset: int
     dram_bytes_searched: int
     dram_hits: int
     first_hit: int | None
+    clear_bytes: int = 0
 
     @property
     def passed(self) -> bool:
@@ -66,34 +72,106 @@ class CanarySearch:
         return self.dram_hits == 0 and self.dram_bytes_searched > 0
 
 
+def plant_canary(vm: Vm, canary: Canary) -> None:
+    """Have a guest hold a canary page under its own KeyID.
+
+    Which page it is, is Linux's choice. While it is one that was given to another KeyID, the guest
+    keeps twice as many.
+
+    Raises:
+        VmError: there is none, as far as that goes.
+    """
+    console = vm.domain.console
+    canary.plant(console)
+    if not vm.config.pages:
+        return
+    size_bytes = PAGE_BYTES
+    while not _holds_its_own(vm, canary):
+        if 2 * size_bytes > vm.config.memory_bytes // _PLANT_SHARE:
+            raise VmError(
+                f"{vm.name} gets no page under its own KeyID for its canary",
+                hint="leave more of its memory to it with --pages",
+            )
+        # All of them stay: a page that is free again may be anything soon.
+        more = f"/run/canary-{size_bytes}"
+        console.run(f"cat /run/canary* >/run/more && mv /run/more {more}", _PLANT_TIMEOUT_S)
+        size_bytes *= 2
+
+
 def find_canary(vm: Vm, canary: Canary) -> int:
-    """RAM offset of a held guest's canary page.
+    """RAM offset of a held guest's canary page: of one under its own KeyID, if there is one.
 
     Raises:
         VmError: it is not there, and then no search of DRAM would mean anything.
     """
-    with ram_of(vm) as ram:
-        ram_offset = ram.find_page(canary.page)
-    if ram_offset is None:
+    with memory_of(vm) as memory:
+        found = list(memory.find_pages(canary.page))
+    if not found:
         raise VmError(f"{vm.name} does not hold its canary page")
-    return ram_offset
+    own = _ranges(vm.status(), {vm.keyid})
+    return next((offset for offset in found if _is_in(vm.base + offset, own)), found[0])
 
 
 def search_dram(vm: Vm, canary: Canary, dram: Path) -> CanarySearch:
-    """Look for a held guest's canary in its RAM and in the DRAM file."""
+    """Look for a held guest's canary in its RAM and in the DRAM file.
+
+    Raises:
+        VmError: it does not hold it, or in plaintext only, and that would be no proof.
+    """
     ram_offset = find_canary(vm, canary)
+    clear = _clear_ranges(vm.require_engine().status())
+    if _is_in(vm.base + ram_offset, clear):
+        raise VmError(f"{vm.name} holds its canary in pages alone that are not to be encrypted")
     blocks = [canary.line[at : at + BLOCK_BYTES] for at in range(0, LINE_BYTES, BLOCK_BYTES)]
     hits: list[int] = []
     searched = 0
     with dram.open("rb", buffering=0) as file:
-        for start, stop in _data_ranges(file.fileno()):
+        for start, stop in _without(_data_ranges(file.fileno()), clear):
             searched += stop - start
             for position in range(start, stop, _CHUNK_BYTES):
                 # Chunks overlap, so that nothing hides on a border.
                 length = min(_CHUNK_BYTES + BLOCK_BYTES - 1, stop - position)
                 data = os.pread(file.fileno(), length, position)
                 hits += [position + at for block in blocks for at in _find_all(data, block)]
-    return CanarySearch(ram_offset, searched, len(set(hits)), min(hits, default=None))
+    clear_bytes = sum(stop - start for start, stop in clear)
+    return CanarySearch(ram_offset, searched, len(set(hits)), min(hits, default=None), clear_bytes)
+
+
+def _holds_its_own(vm: Vm, canary: Canary) -> bool:
+    with vm.held():
+        return _is_in(vm.base + find_canary(vm, canary), _ranges(vm.status(), {vm.keyid}))
+
+
+def _ranges(vm: VmStatus, keyids: set[int]) -> list[tuple[int, int]]:
+    """DRAM addresses, first and after the last, of a VM's pages under some KeyIDs."""
+    return [(one.base, one.base + one.size_bytes) for one in vm.pages if one.keyid in keyids]
+
+
+def _clear_ranges(status: Status) -> list[tuple[int, int]]:
+    """Pages that another KeyID than their VM's own leaves in plaintext, or may.
+
+    Of all VMs, for those that are searched side by side hold the same canary.
+    """
+    keyids = {key.keyid for key in status.keys if key.algorithm is None}
+    if status.platform.exclusion is not None:
+        keyids.add(0)  # somewhere
+    return [found for vm in status.vms for found in _ranges(vm, keyids - {vm.keyid})]
+
+
+def _is_in(address: int, ranges: list[tuple[int, int]]) -> bool:
+    return any(start <= address < stop for start, stop in ranges)
+
+
+def _without(ranges: list[tuple[int, int]], out: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Parts of some ranges that are in none of others."""
+    for low, high in out:
+        parts = [
+            part
+            for start, stop in ranges
+            for part in ((start, min(stop, low)), (max(start, high), stop))
+        ]
+        ranges = [(start, stop) for start, stop in parts if start < stop]
+    return ranges
 
 
 def _find_all(data: bytes, block: bytes) -> list[int]:

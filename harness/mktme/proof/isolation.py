@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Isolation: a VM's memory makes sense under its own KeyID and under no other VM's."""
+"""Isolation: memory makes sense under its own KeyID and under no other."""
 
 from __future__ import annotations
 
@@ -8,17 +8,35 @@ from dataclasses import dataclass
 
 from mktme.engine.xts import PAGE_BYTES
 from mktme.proof.confidentiality import Canary, find_canary
+from mktme.service.client import EngineClient
 from mktme.vm.platform import Vm
 
 
 @dataclass(frozen=True, slots=True)
-class IsolationMatrix:
-    """Which VM's canary page is readable under which VM's KeyID.
+class Subject:
+    """A page that is to be readable under one KeyID only.
 
     Attributes:
-        names: the VMs, in the order of rows and columns.
+        name: whose it is.
+        keyid: what it is under.
+        address: where it is in DRAM.
+        page: what it holds.
+    """
+
+    name: str
+    keyid: int
+    address: int
+    page: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class IsolationMatrix:
+    """Which subject's page is readable under which subject's KeyID.
+
+    Attributes:
+        names: the subjects, in the order of rows and columns.
         keyids: their KeyIDs.
-        readable: row i, column j: the page of VM i, read with the KeyID of VM j, is the canary.
+        readable: row i, column j: the page of subject i is read rightly with the KeyID of j.
     """
 
     names: tuple[str, ...]
@@ -35,20 +53,21 @@ class IsolationMatrix:
         )
 
 
-def isolation_matrix(vms: Sequence[Vm], canary: Canary) -> IsolationMatrix:
-    """Read each held VM's canary page with each VM's KeyID."""
-    rows = []
-    for vm in vms:
-        ram_offset = find_canary(vm, canary)
-        engine = vm.require_engine()
-        rows.append(
-            tuple(
-                engine.read(vm.uuid, ram_offset, PAGE_BYTES, keyid=other.keyid) == canary.page
-                for other in vms
-            )
-        )
+def isolation_matrix(engine: EngineClient, subjects: Sequence[Subject]) -> IsolationMatrix:
+    """Read each subject's page with each subject's KeyID; what it is of must be held."""
     return IsolationMatrix(
-        names=tuple(vm.name for vm in vms),
-        keyids=tuple(vm.keyid for vm in vms),
-        readable=tuple(rows),
+        names=tuple(subject.name for subject in subjects),
+        keyids=tuple(subject.keyid for subject in subjects),
+        readable=tuple(
+            tuple(
+                engine.read_dram(subject.address, PAGE_BYTES, other.keyid) == subject.page
+                for other in subjects
+            )
+            for subject in subjects
+        ),
     )
+
+
+def canary_subject(vm: Vm, canary: Canary) -> Subject:
+    """A held VM's canary page, under the VM's own KeyID."""
+    return Subject(vm.name, vm.keyid, vm.base + find_canary(vm, canary), canary.page)

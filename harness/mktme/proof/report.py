@@ -16,14 +16,16 @@ from typing import Final, Literal
 
 import msgspec
 
+from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
 from mktme.engine.errors import MktmeError
 from mktme.engine.keys import KeyMode
 from mktme.engine.xts import Algorithm
 from mktme.proof.confidentiality import CanarySearch
 from mktme.proof.isolation import IsolationMatrix
+from mktme.proof.residency import Residency
 from mktme.proof.transparency import MemoryComparison
-from mktme.service.wire import Memory, Traffic
+from mktme.service.wire import Memory, Paging, Traffic
 from mktme.vm.host import Host, dotted
 from mktme.vm.images import GuestImage
 
@@ -69,7 +71,8 @@ class GuestReport:
     """One guest of a run.
 
     Attributes:
-        track: None for the plain guest, which has neither plugin nor engine.
+        datapath: None for the plain guest, which has neither plugin nor engine.
+        track: what told of writes, or counted stores.
         boot_s: from its first instruction to its shell, seconds.
         workload_s: its workload, seconds.
         checksums: what its workload computed, by name.
@@ -87,7 +90,10 @@ class GuestReport:
     boot_s: float
     workload_s: float
     checksums: dict[str, str]
+    datapath: DataPath | None = None
     traffic: Traffic | None = None
+    paging: Paging | None = None
+    residency: Residency | None = None
     comparison: MemoryComparison | None = None
     canary: CanarySearch | None = None
 

@@ -12,7 +12,6 @@ import datetime
 import os
 import secrets
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -21,14 +20,24 @@ from functools import partial
 from pathlib import Path
 from typing import Final, Literal, Protocol, TypeVar
 
+from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
+from mktme.engine.firmware import PlatformConfig
 from mktme.engine.keys import KeyMode
 from mktme.engine.xts import PAGE_BYTES
-from mktme.proof.confidentiality import Canary, CanarySearch, find_canary, search_dram
-from mktme.proof.isolation import IsolationMatrix, isolation_matrix
+from mktme.proof.confidentiality import (
+    Canary,
+    CanarySearch,
+    find_canary,
+    plant_canary,
+    search_dram,
+)
+from mktme.proof.demand import Demand, demo_demand, mib, run_demand
+from mktme.proof.isolation import IsolationMatrix, canary_subject, isolation_matrix
 from mktme.proof.report import Check, GuestReport, RunReport, environment
+from mktme.proof.residency import Residency, sampled
 from mktme.proof.transparency import MemoryComparison, Progress, compare_memory, run_workload
-from mktme.vm.platform import Platform, Vm, VmConfig, region_bytes
+from mktme.vm.platform import BOOT_TIMEOUT_S, Platform, Vm, VmConfig
 
 DEMO_GUESTS: Final = ("alice", "bob")
 _T = TypeVar("_T")
@@ -56,13 +65,15 @@ class Guest:
     boot_s: float
     workload_s: float
     checksums: dict[str, str]
+    residency: Residency | None = None
     comparison: MemoryComparison | None = None
     search: CanarySearch | None = None
 
     def report(self) -> GuestReport:
         """For the run's document; the guest must still be there."""
         config = self.vm.config
-        plain = config.track is None
+        plain = config.plain
+        status = None if plain else self.vm.status()
         return GuestReport(
             name=self.vm.name,
             role=self.role,
@@ -76,7 +87,10 @@ class Guest:
             boot_s=self.boot_s,
             workload_s=self.workload_s,
             checksums=self.checksums,
-            traffic=None if plain else self.vm.status().traffic,
+            datapath=None if plain else config.datapath,
+            traffic=None if status is None else status.traffic,
+            paging=None if status is None else status.paging,
+            residency=self.residency,
             comparison=self.comparison,
             canary=self.search,
         )
@@ -84,11 +98,18 @@ class Guest:
 
 @dataclass(slots=True)
 class RunOptions:
-    """What `run` and `demo` have in common beside the guest's configuration."""
+    """What `run` and `demo` have in common beside the guest's configuration.
+
+    Attributes:
+        platform: what firmware sets up; None for the defaults.
+        keep: called when all is proven, with the guests still there.
+    """
 
     connect: str | None = None
     dram: Path | None = None
     reference: bool = True
+    platform: PlatformConfig | None = None
+    keep: Callable[[RunReport, Platform], None] | None = None
 
 
 def run(
@@ -96,21 +117,23 @@ def run(
 ) -> RunReport:
     """Boot `guests` guests of one configuration, each under a key of its own, and prove."""
     names = [f"guest{index + 1}" for index in range(guests)]
-    session = _Session("run", narrator, options or RunOptions(), [config] * guests)
+    demand = run_demand(config.memory_bytes, config.algorithm, config.pages, guests)
+    session = _Session("run", narrator, options or RunOptions(), config, demand)
     with session.open():
         session.prove(names, config)
         session.compare_with_plain(config)
-        return session.report()
+        return session.conclude()
 
 
 def demo(config: VmConfig, narrator: Narrator, options: RunOptions | None = None) -> RunReport:
     """The main job: two guests side by side, all proofs, and each proof's control."""
-    session = _Session("demo", narrator, options or RunOptions(), [config] * 4)
+    demand = demo_demand(config.memory_bytes, config.algorithm)
+    session = _Session("demo", narrator, options or RunOptions(), config, demand)
     with session.open():
         session.prove(DEMO_GUESTS, config)
         session.compare_with_plain(config)
         session.controls(config)
-        return session.report()
+        return session.conclude()
 
 
 class _Session:
@@ -121,13 +144,16 @@ class _Session:
         command: Literal["run", "demo"],
         narrator: Narrator,
         options: RunOptions,
-        configs: Sequence[VmConfig],
+        config: VmConfig,
+        demand: Demand,
     ) -> None:
+        demand.check(options.platform)
         self._command = command
         self._narrator = narrator
         self._options = options
-        self._image = configs[0].image
-        self._dram_bytes = sum(region_bytes(config.memory_bytes) for config in configs)
+        self._image = config.image
+        wired = None if options.platform is None else options.platform.dram
+        self._dram_bytes = demand.dram_bytes if wired is None else wired
         self._started = time.monotonic()
         self._checks: list[Check] = []
         self._guests: list[GuestReport] = []
@@ -144,11 +170,14 @@ class _Session:
             with self._narrator.step("starting the engine and libvirt"):
                 platform = Platform(
                     self._dram_bytes,
+                    config=self._options.platform,
+                    shared_ownership=self._options.keep is not None,
                     dram=self._options.dram,
                     connect=self._options.connect,
                     notice=self._note,
                 )
                 self._platform = stack.enter_context(platform)
+            self._kept = stack.enter_context(ExitStack())
             yield
 
     def compare_with_plain(self, config: VmConfig) -> None:
@@ -156,7 +185,14 @@ class _Session:
         if not self._options.reference:
             return
         plain = dataclasses.replace(
-            config, track=None, mode=KeyMode.RANDOM, key_file=None, check_tlb=False
+            config,
+            datapath=DataPath.SHADOW,
+            track=None,
+            window_bytes=None,
+            mode=KeyMode.RANDOM,
+            key_file=None,
+            pages=(),
+            check_tlb=False,
         )
         with ExitStack() as stack:
             reference = self._boot(stack, plain, "plain", "plain").report()
@@ -184,8 +220,13 @@ class _Session:
                 for guest in guests:
                     self._compare(guest)
                     self._search(guest, canary)
+                    if guest.residency is not None:
+                        self._check_bound(guest.vm.name, guest.residency)
                 if len(guests) > 1:
-                    matrix = isolation_matrix([guest.vm for guest in guests], canary)
+                    matrix = isolation_matrix(
+                        self._platform.engine,
+                        [canary_subject(guest.vm, canary) for guest in guests],
+                    )
                     self._isolation = matrix
                     off = sum(map(sum, matrix.readable)) - len(guests)
                     self._check(
@@ -199,6 +240,8 @@ class _Session:
                 if self._options.dram is not None:
                     self._sidecar = self._platform.engine.write_sidecar()
                 self._guests += [guest.report() for guest in guests]
+            if self._options.keep is not None:
+                self._kept.push(stack.pop_all())
 
     def controls(self, config: VmConfig) -> None:
         """Three cases made to fail, one for each proof; the checks must notice."""
@@ -228,8 +271,14 @@ class _Session:
                 )
                 self._guests += [stores.report(), clear.report()]
 
-    def report(self) -> RunReport:
-        """The run's document."""
+    def conclude(self) -> RunReport:
+        """The run's document, and what is to happen before the guests go."""
+        report = self._report()
+        if self._options.keep is not None:
+            self._options.keep(report, self._platform)
+        return report
+
+    def _report(self) -> RunReport:
         dram = self._options.dram
         return RunReport(
             schema="mktme.run",
@@ -258,8 +307,12 @@ class _Session:
         *,
         works: bool = True,
     ) -> Guest:
+        residency = None
         with self._narrator.step(f"{name}: booting"):
-            vm = stack.enter_context(self._platform.launch(config, name))
+            vm = stack.enter_context(self._platform.launch(config, name, boot=False))
+            if vm.config.window_bytes is not None:
+                residency = stack.enter_context(sampled(vm, vm.config.window_bytes))
+            vm.domain.boot(BOOT_TIMEOUT_S)
             boot_s = time.monotonic() - vm.domain.started
         checksums: dict[str, str] = {}
         workload_s = 0.0
@@ -270,8 +323,8 @@ class _Session:
                 workload_s = time.monotonic() - before
         if canary is not None:
             with vm.domain.explained():
-                canary.plant(vm.domain.console)
-        return Guest(vm, role, boot_s, workload_s, checksums)
+                plant_canary(vm, canary)
+        return Guest(vm, role, boot_s, workload_s, checksums, residency)
 
     def _side_by_side(self, jobs: Iterable[Callable[[], _T]]) -> list[_T]:
         """Run jobs at once; if one fails or the user interrupts, the others' guests go too."""
@@ -300,6 +353,8 @@ class _Session:
                 f" {found.unmarked:,} neither)"
             )
         claim = "DRAM, decrypted, is the guest's RAM"
+        if vm.config.datapath is DataPath.INLINE:
+            claim = "DRAM, decrypted, is what the window holds"
         if control:
             claim = "tracking stores alone leaves lines behind"
         self._check(
@@ -311,6 +366,16 @@ class _Session:
             control=control,
         )
 
+    def _check_bound(self, name: str, found: Residency) -> None:
+        self._check(
+            "confidentiality",
+            name,
+            "its plaintext in RAM never exceeds the window",
+            found.passed,
+            f"at most {found.peak_bytes / (1 << 20):.1f} of {found.limit_bytes / (1 << 20):.1f} MiB"
+            f" in {found.samples:,} samples",
+        )
+
     def _search(self, guest: Guest, canary: Canary, *, control: bool = False) -> None:
         vm = guest.vm
         with self._narrator.step(f"{vm.name}: searching DRAM for its canary"):
@@ -318,13 +383,18 @@ class _Session:
         claim = "what it holds in memory is nowhere in DRAM"
         if control:
             claim = "without encryption the canary is in DRAM"
+        finding = (
+            f"{found.dram_hits:,} blocks of the canary in"
+            f" {found.dram_bytes_searched / (1 << 20):,.0f} MiB"
+        )
+        if found.clear_bytes:
+            finding += f", {mib(found.clear_bytes)} of clear pages aside"
         self._check(
             "confidentiality",
             vm.name,
             claim,
             found.dram_hits > 0 if control else found.passed,
-            f"{found.dram_hits:,} blocks of the canary in"
-            f" {found.dram_bytes_searched / (1 << 20):,.0f} MiB",
+            finding,
             control=control,
         )
 
@@ -355,20 +425,10 @@ def _throw_away_key(path: Path, config: VmConfig) -> Path:
 
 def _readable_with_the_same_key(platform: Platform, vm: Vm, canary: Canary) -> bool:
     """Whether a second KeyID, programmed with the VM's own known key, reads its canary page."""
-    ram_offset = find_canary(vm, canary)
+    address = vm.base + find_canary(vm, canary)
     engine = platform.engine
-    twin = uuid.uuid4()
-    added = engine.add_vm(
-        twin,
-        name="twin",
-        memory_bytes=PAGE_BYTES,
-        track=Track.STORES_AND_PAGES,
-        algorithm=vm.config.algorithm,
-        mode=KeyMode.DIRECT,
-        key_file=vm.config.key_file,
-    )
+    twin = engine.program_key(KeyMode.DIRECT, vm.config.algorithm, key_file=vm.config.key_file)
     try:
-        page = engine.read(vm.uuid, ram_offset, PAGE_BYTES, keyid=added.keyid)
-        return page == canary.page
+        return engine.read_dram(address, PAGE_BYTES, twin) == canary.page
     finally:
-        engine.remove_vm(twin)
+        engine.clear_key(twin)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The JSON Schemas of the documents that `--json` writes, kept in ``docs/schema``.
+"""The JSON Schemas of the documents that `--json` gives, kept in ``docs/schema``.
 
 ``make schema`` writes them; a test compares them with the types, so that they stay true.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from mktme.proof.bench import BenchReport
+from mktme.proof.platform_report import KeyIdReport, PlatformReport
 from mktme.proof.report import RunReport, json_schema
 from mktme.vm.doctor import DoctorReport
 
@@ -18,6 +19,8 @@ DOCUMENTS: Final[dict[str, type]] = {
     "run-1.json": RunReport,
     "bench-1.json": BenchReport,
     "doctor-1.json": DoctorReport,
+    "platform-1.json": PlatformReport,
+    "keyid-1.json": KeyIdReport,
 }
 
 

@@ -15,6 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from mktme.datapath.kinds import DataPath
 from mktme.engine.xts import LINE_BYTES, LINES_PER_PAGE, PAGE_BYTES
 from mktme.proof.guest_ram import ram_of
 from mktme.service.client import EngineClient
@@ -34,7 +35,8 @@ class MemoryComparison:
     """DRAM, decrypted, against guest RAM; counts are of 64-byte lines.
 
     Attributes:
-        lines_compared: all lines of the guest's RAM.
+        lines_compared: all lines of the guest's RAM that are in memory, or could be: of an
+            `inline` guest those in the window, for the others are in DRAM alone.
         lines_nonzero: of these, lines that are not all zeros in RAM: those that say something.
         lines_mismatched: lines that differ.
         line_marked: of these, lines that a store was seen to (and something unseen later).
@@ -59,15 +61,20 @@ def compare_memory(
     vm: Vm, engine: EngineClient, progress: Progress = lambda _done, _all: None
 ) -> MemoryComparison:
     """Compare every page of a held guest (`Vm.held`) with what DRAM holds of it."""
-    nonzero = mismatched = line_marked = page_marked = 0
+    compared = nonzero = mismatched = line_marked = page_marked = 0
+    inline = vm.config.datapath is DataPath.INLINE
     size = vm.config.memory_bytes
     with ram_of(vm) as ram:
         for ram_offset, plain in ram.chunks():
             decrypted = engine.read(vm.uuid, ram_offset, len(plain))
             expected = _lines(plain)
+            there = np.ones(len(expected), np.bool_)
+            if inline:
+                there = np.repeat(ram.populated(ram_offset, len(plain)), LINES_PER_PAGE)
+            compared += int(np.count_nonzero(there))
             nonzero += int(np.count_nonzero(expected.any(axis=1)))
             if decrypted != plain:
-                wrong = (expected != _lines(decrypted)).any(axis=1)
+                wrong = (expected != _lines(decrypted)).any(axis=1) & there
                 marks = engine.line_marks(
                     vm.uuid, ram_offset // PAGE_BYTES, len(plain) // PAGE_BYTES
                 )
@@ -78,7 +85,7 @@ def compare_memory(
                 page_marked += int(np.count_nonzero(wrong & by_page & ~by_line))
             progress(ram_offset + len(plain), size)
     return MemoryComparison(
-        lines_compared=size // LINE_BYTES,
+        lines_compared=compared,
         lines_nonzero=nonzero,
         lines_mismatched=mismatched,
         line_marked=line_marked,

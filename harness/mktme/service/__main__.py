@@ -10,9 +10,13 @@ import socket
 import sys
 from pathlib import Path
 
+import msgspec
+
 from mktme.engine.dram import Dram
 from mktme.engine.errors import MktmeError
+from mktme.engine.firmware import PlatformConfig
 from mktme.service import wire
+from mktme.service.custody import harden
 from mktme.service.server import EngineServer
 
 
@@ -22,18 +26,25 @@ def main() -> int:
     parser.add_argument("--run-dir", type=Path, required=True, help="private directory, 0700")
     parser.add_argument("--dram", type=Path, required=True, help="the DRAM image to create")
     parser.add_argument("--dram-bytes", type=int, required=True)
-    parser.add_argument("--keyid-bits", type=int, default=6)
+    parser.add_argument("--platform", default="{}", help="what firmware sets up: JSON")
     parser.add_argument("--owner-fd", type=int, required=True, help="inherited socket of the owner")
     parser.add_argument("--peer-uid", type=int, action="append", default=[])
+    parser.add_argument("--shared-ownership", action="store_true")
     arguments = parser.parse_args()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
     owner = socket.socket(fileno=arguments.owner_fd)
     try:
+        custody = harden()
         with Dram.create(arguments.dram, arguments.dram_bytes) as dram:
             server = EngineServer(
-                arguments.run_dir, dram, arguments.keyid_bits, frozenset(arguments.peer_uid)
+                arguments.run_dir,
+                dram,
+                msgspec.json.decode(arguments.platform, type=PlatformConfig),
+                custody,
+                frozenset(arguments.peer_uid),
+                shared_ownership=arguments.shared_ownership,
             )
             asyncio.run(server.serve(owner))
     except (MktmeError, OSError, ValueError) as error:

@@ -16,12 +16,18 @@ from pathlib import Path
 from typing import Final, Self, TypeVar
 from uuid import UUID
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
+from mktme.datapath.window import Policy
 from mktme.engine.errors import MktmeError
+from mktme.engine.firmware import PlatformConfig
 from mktme.engine.keys import KeyMode
+from mktme.engine.package import PowerEvent
+from mktme.engine.pconfig import Status
 from mktme.engine.xts import Algorithm
 from mktme.service import wire
 
@@ -60,13 +66,15 @@ class EngineClient:
 
     Args:
         connection: a connected stream socket, owned by the client from now on.
+        role: what to ask for; `welcome` says what was granted.
 
     Raises:
-        EngineRefusedError: the engine could not start, or speaks another version.
+        EngineRefusedError: the engine could not start, speaks another version, or grants no such
+            role.
         EngineGoneError: there is no engine at the other end.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, role: wire.Role = wire.Role.OWNER) -> None:
         self.events: queue.SimpleQueue[wire.Event | None] = queue.SimpleQueue()
         self._socket = connection
         self._waiting: deque[Future[wire.Reply]] = deque()
@@ -75,21 +83,22 @@ class EngineClient:
         self._reader = threading.Thread(target=self._receive, name="mktme-client", daemon=True)
         self._reader.start()
         try:
-            self.welcome = self._call(wire.Hello(version=wire.PROTOCOL_VERSION), wire.Welcome)
+            hello = wire.Hello(version=wire.PROTOCOL_VERSION, role=role)
+            self.welcome = self._call(hello, wire.Welcome)
         except BaseException:
             self.close()
             raise
 
     @classmethod
-    def connect(cls, control_socket: Path) -> Self:
-        """Connect to a running engine's control socket."""
+    def connect(cls, control_socket: Path, role: wire.Role = wire.Role.OBSERVER) -> Self:
+        """Connect to a running engine's control socket; see `wire.Role`."""
         connection = socket.socket(socket.AF_UNIX)
         try:
             connection.connect(str(control_socket))
         except OSError as error:
             connection.close()
             raise EngineGoneError(f"no engine at {control_socket}: {error.strerror}") from error
-        return cls(connection)
+        return cls(connection, role)
 
     def status(self) -> wire.Status:
         """The platform's keys, VMs and memory as of now."""
@@ -101,10 +110,13 @@ class EngineClient:
         *,
         name: str,
         memory_bytes: int,
-        track: Track,
+        track: Track | None,
         algorithm: Algorithm,
         mode: KeyMode,
         key_file: Path | None = None,
+        datapath: DataPath = DataPath.SHADOW,
+        window_bytes: int | None = None,
+        policy: Policy = Policy.TWO_QUEUES,
     ) -> wire.VmAdded:
         """Announce a VM; see `wire.AddVm`."""
         request = wire.AddVm(
@@ -114,7 +126,10 @@ class EngineClient:
             track=track,
             algorithm=algorithm,
             mode=mode,
-            key_file=None if key_file is None else str(key_file.absolute()),
+            key_file=_path(key_file),
+            datapath=datapath,
+            window_bytes=window_bytes,
+            policy=policy,
         )
         return self._call(request, wire.VmAdded)
 
@@ -130,6 +145,67 @@ class EngineClient:
         """Read a VM's memory from DRAM through the engine; see `wire.ReadVm`."""
         request = wire.ReadVm(vm=vm, ram_offset=ram_offset, size_bytes=size_bytes, keyid=keyid)
         return self._call(request, wire.Data).data
+
+    def read_dram(self, address: int, size_bytes: int, keyid: int | None = None) -> bytes:
+        """Read DRAM through the engine, whoever's it is; see `wire.ReadDram`."""
+        request = wire.ReadDram(address=address, size_bytes=size_bytes, keyid=keyid)
+        return self._call(request, wire.Data).data
+
+    def rdmsr(self, msr: int) -> int:
+        """Execute RDMSR on the package."""
+        return self._call(wire.ReadMsr(msr=msr), wire.MsrValue).value
+
+    def wrmsr(self, msr: int, value: int) -> None:
+        """Execute WRMSR on the package; #GP is an `EngineRefusedError`."""
+        self._call(wire.WriteMsr(msr=msr, value=value), wire.Done)
+
+    def pconfig(
+        self,
+        program: bytes | bytearray,
+        *,
+        leaf: int = 0,
+        address: int = 0,
+        key_file: Path | None = None,
+    ) -> Status:
+        """Execute PCONFIG on the package; see `wire.ExecutePconfig`."""
+        request = wire.ExecutePconfig(
+            leaf=leaf, address=address, program=bytes(program), key_file=_path(key_file)
+        )
+        return Status(self._call(request, wire.PconfigDone).status)
+
+    def program_key(
+        self,
+        mode: KeyMode,
+        algorithm: Algorithm = Algorithm.AES_XTS_128,
+        *,
+        keyid: int | None = None,
+        key_file: Path | None = None,
+        vm: UUID | None = None,
+    ) -> int:
+        """Program a KeyID that nobody uses, and return which; see `wire.ProgramKey`."""
+        request = wire.ProgramKey(
+            mode=mode, algorithm=algorithm, keyid=keyid, key_file=_path(key_file), vm=vm
+        )
+        return self._call(request, wire.KeyProgrammed).keyid
+
+    def clear_key(self, keyid: int) -> None:
+        """Destroy the key of a KeyID that nobody uses."""
+        self._call(wire.ClearKey(keyid=keyid), wire.Done)
+
+    def assign_pages(
+        self, vm: UUID, ram_offset: int, size_bytes: int, keyid: int | None = None
+    ) -> None:
+        """Give pages of a VM another KeyID, None for its own; see `wire.AssignPages`."""
+        request = wire.AssignPages(vm=vm, ram_offset=ram_offset, size_bytes=size_bytes, keyid=keyid)
+        self._call(request, wire.Done, FLUSH_TIMEOUT_S)
+
+    def release_page(self, vm: UUID, ram_offset: int) -> None:
+        """Let go on who waits for a poisoned page; see `wire.ReleasePage`."""
+        self._call(wire.ReleasePage(vm=vm, ram_offset=ram_offset), wire.Done)
+
+    def power(self, event: PowerEvent) -> None:
+        """Let a power event happen: every VM ends, and firmware sets the platform up again."""
+        self._call(wire.PowerPlatform(event=event), wire.Done)
 
     def line_marks(self, vm: UUID, first_page: int, page_count: int) -> npt.NDArray[np.uint64]:
         """Which lines stores were seen to: uint64, shape (page_count,), bit i is line i."""
@@ -205,6 +281,10 @@ class EngineClient:
                 yield wire.decode_reply(body)
 
 
+def _path(file: Path | None) -> str | None:
+    return None if file is None else str(file.absolute())
+
+
 class EngineProcess:
     """The engine as a child process; a context manager, nothing of it outlives the `with`.
 
@@ -212,8 +292,9 @@ class EngineProcess:
         run_dir: existing private directory for its sockets and its log.
         dram: path of the DRAM image, which must not exist yet.
         dram_bytes: size of the platform's DRAM.
-        keyid_bits: size of its key table.
-        peer_uids: further users that may connect (QEMU's, if it is another).
+        platform: what firmware sets up; its own size of DRAM is not looked at.
+        peer_uids: further users whose plugins may link (QEMU's, if it is another).
+        shared_ownership: let every process of this user be an owner, on the control socket.
     """
 
     def __init__(
@@ -222,8 +303,9 @@ class EngineProcess:
         dram: Path,
         dram_bytes: int,
         *,
-        keyid_bits: int = 6,
+        platform: PlatformConfig | None = None,
         peer_uids: tuple[int, ...] = (),
+        shared_ownership: bool = False,
     ) -> None:
         self.log_path = run_dir / "engine.log"
         self._command = [
@@ -233,8 +315,9 @@ class EngineProcess:
             f"--run-dir={run_dir}",
             f"--dram={dram}",
             f"--dram-bytes={dram_bytes}",
-            f"--keyid-bits={keyid_bits}",
+            f"--platform={msgspec.json.encode(platform or PlatformConfig()).decode()}",
             *(f"--peer-uid={uid}" for uid in peer_uids),
+            *(["--shared-ownership"] if shared_ownership else []),
         ]
 
     def __enter__(self) -> Self:

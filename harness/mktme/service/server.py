@@ -2,9 +2,13 @@
 """The engine process: one platform's keys, DRAM and VMs behind two sockets.
 
 ``control.sock`` takes control clients (`mktme.service.wire`), ``link.sock`` the plugins. Both are
-0600 and check SO_PEERCRED. The owner, which started the process, has a connection of its own
-(an inherited descriptor); when that ends, so does the engine, and each plugin then stops its
-QEMU. Everything runs on one thread: drains give way to requests after each batch.
+0600 and check SO_PEERCRED. The process that started the engine owns it, over a connection of its
+own (an inherited descriptor); when that ends, so does the engine, and each plugin then stops its
+QEMU. On ``control.sock`` there are observers only, unless ownership is shared: QEMU may run as the
+same user, and a hostile one must not get at other VMs.
+
+Everything that touches the platform runs on one thread. Drains give way to requests after each
+batch, and each request to the other connections; `mktme.service.limits` says what a peer can have.
 """
 
 from __future__ import annotations
@@ -16,30 +20,52 @@ import os
 import signal
 import socket
 import struct
-import time
+import threading
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
-from uuid import UUID
+from typing import Final, TypeVar
 
 from mktme.datapath import link as ram_link
+from mktme.datapath.inline import InlineDataPath
+from mktme.datapath.kinds import DataPath
 from mktme.datapath.link import LinkError, VmLink
 from mktme.datapath.shadow import ShadowDataPath
-from mktme.engine.controller import MemoryController
-from mktme.engine.dram import Dram, sidecar_path, write_sidecar
-from mktme.engine.errors import AddressError, DramFullError, EngineError, KeyIdError, MktmeError
-from mktme.engine.keys import KeyMode, KeyTable, read_key_file
-from mktme.engine.xts import PAGE_BYTES, wipe
-from mktme.service import wire
-from mktme.service.vms import Vm, describe, own_memory, vm_status
+from mktme.datapath.window import Window
+from mktme.engine.dram import Dram
+from mktme.engine.errors import MktmeError
+from mktme.engine.firmware import PlatformConfig
+from mktme.engine.xts import PAGE_BYTES
+from mktme.service import limits, wire
+from mktme.service.custody import Custody
+from mktme.service.drains import Drains, release_link
+from mktme.service.faults import Faults
+from mktme.service.limits import LimitError, TokenBucket, WaitingRoom
+from mktme.service.requests import Requests
+from mktme.service.vms import AnyDataPath, Vm
 
 log = logging.getLogger(__name__)
 
 CONTROL_SOCKET: Final = "control.sock"
 LINK_SOCKET: Final = "link.sock"
-HELLO_TIMEOUT_S: Final = 5.0
-FULL_RETRY_S: Final = 0.5
+_BACKLOG: Final = 16
 _UCRED: Final = struct.Struct("iII")
+_SO_PASSRIGHTS: Final = 83  # asm-generic/socket.h, from Linux 6.16 on
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True, eq=False)
+class _Client:
+    """A control connection; the starter's is the one that the engine inherited."""
+
+    writer: asyncio.StreamWriter
+    is_starter: bool
+    may_own: bool
+    role: wire.Role | None = None
+
+    def patience(self, timeout_s: float) -> asyncio.Timeout:
+        return asyncio.timeout(None if self.is_starter else timeout_s)
 
 
 class EngineServer:
@@ -48,392 +74,325 @@ class EngineServer:
     Args:
         run_dir: private directory (0700) for the two sockets.
         dram: the DRAM image; this process is its only writer.
-        keyid_bits: size of the key table.
-        peer_uids: user ids that may connect, besides this process's own.
+        config: what firmware sets up.
+        custody: what is told of this process's memory.
+        peer_uids: user ids whose plugins may link, besides this process's own.
+        shared_ownership: whether this process's user may be an owner on the control socket.
     """
 
     def __init__(
-        self, run_dir: Path, dram: Dram, keyid_bits: int, peer_uids: frozenset[int] = frozenset()
+        self,
+        run_dir: Path,
+        dram: Dram,
+        config: PlatformConfig,
+        custody: Custody,
+        peer_uids: frozenset[int] = frozenset(),
+        *,
+        shared_ownership: bool = False,
     ) -> None:
         self._run_dir = run_dir
-        self._dram = dram
-        self._keys = KeyTable(keyid_bits=keyid_bits)
-        self._controller = MemoryController(dram, self._keys)
+        self._drains = Drains(self._announce)
+        self._faults = Faults(self._drains, self._announce)
+        self._requests = Requests(dram, config, custody, self._drains)
         self._peer_uids = peer_uids | {os.geteuid()}
-        self._vms: dict[UUID, Vm] = {}
-        # Whether they said Hello: events are only for those who did.
-        self._clients: dict[asyncio.StreamWriter, bool] = {}
+        self._shared_ownership = shared_ownership
+        self._clients: set[_Client] = set()  # those that said Hello
+        self._silent_clients = WaitingRoom(limits.WAITING_CONNECTIONS)
+        self._silent_links = WaitingRoom(limits.WAITING_CONNECTIONS)
+        self._client_places = asyncio.Semaphore(
+            limits.CONTROL_CONNECTIONS + limits.WAITING_CONNECTIONS + limits.CLOSING_CONNECTIONS
+        )
+        self._link_places = asyncio.Semaphore(
+            limits.WAITING_CONNECTIONS + limits.CLOSING_CONNECTIONS
+        )
+        self._refusals = TokenBucket(limits.REFUSALS)
+        self._refusals_untold = 0
         self._stopping = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def serve(self, owner: socket.socket) -> None:
-        """Serve until the owner's connection ends or SIGTERM comes."""
+    async def serve(self, starter: socket.socket) -> None:
+        """Serve until the starter's connection ends or SIGTERM comes."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stopping.set)
-        # Ctrl-C goes to the whole foreground group; the owner decides what it means.
+        # Ctrl-C goes to the whole foreground group; the starter decides what it means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         with contextlib.ExitStack() as stack:
-            stack.callback(self._close_vms)
+            stack.callback(self._requests.close)
             control = stack.enter_context(self._listener(CONTROL_SOCKET, socket.SOCK_STREAM))
             links = stack.enter_context(self._listener(LINK_SOCKET, socket.SOCK_SEQPACKET))
-            server = await asyncio.start_unix_server(self._serve_client, sock=control)
-            reader, writer = await asyncio.open_unix_connection(sock=owner)
-            self._spawn(self._serve_owner(reader, writer))
-            self._spawn(self._accept_links(links))
+            self._spawn(self._serve_starter(starter))
+            self._spawn(self._accept(control, self._client_places, self._serve_peer))
+            self._spawn(self._accept(links, self._link_places, self._serve_link))
             await self._stopping.wait()
-            server.close()
             for task in tuple(self._tasks):
                 task.cancel()
-            for client in tuple(self._clients):
-                client.transport.abort()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.wait(self._tasks, timeout=limits.STOP_TIMEOUT_S)
+
+    async def _accept(
+        self,
+        listener: socket.socket,
+        places: asyncio.Semaphore,
+        serve: Callable[[socket.socket], Coroutine[object, object, None]],
+    ) -> None:
+        """Accept connections while there are places; `serve` gives its place back."""
+        loop = asyncio.get_running_loop()
+        while True:
+            if places.locked():
+                log.warning("no more connections are accepted until some are closed")
+            await places.acquire()
+            try:
+                connection, _ = await loop.sock_accept(listener)
+            except OSError as error:
+                places.release()
+                log.warning("cannot accept connections now: %s", error.strerror)
+                await asyncio.sleep(limits.ACCEPT_RETRY_S)
+                continue
+            connection.setblocking(False)
+            self._spawn(serve(connection))
+            # A queue of connections is accepted without a pause otherwise.
+            await asyncio.sleep(0)
 
     # --- control clients ----------------------------------------------------------------------
 
-    async def _serve_owner(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def _serve_starter(self, connection: socket.socket) -> None:
         try:
-            await self._serve_client(reader, writer)
+            await self._serve_client(connection, is_starter=True)
         finally:
             log.info("the owner is gone, stopping")
             self._stopping.set()
 
-    async def _serve_client(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        self._clients[writer] = False
+    async def _serve_peer(self, connection: socket.socket) -> None:
         try:
-            if self._refuses(writer.get_extra_info("socket")):
-                return
-            while True:
-                length = int.from_bytes(await reader.readexactly(wire.LENGTH_BYTES), "little")
-                if length > wire.REQUEST_MAX_BYTES:
-                    log.warning("control client sent a frame of %d bytes, closing", length)
-                    return
-                body = await reader.readexactly(length)
-                reply = await self._answer(body, self._clients[writer])
-                self._clients[writer] |= isinstance(reply, wire.Welcome)
-                writer.write(wire.frame(reply))
-                await writer.drain()
-                if not self._clients[writer]:
-                    return
-        except (asyncio.IncompleteReadError, ConnectionError):
-            return  # the client is gone, perhaps in the middle of a frame
+            pid, uid, _gid = _credentials(connection)
+            if uid == os.geteuid():
+                await self._serve_client(connection, is_starter=False)
+            else:
+                if self._may_tell():
+                    log.warning("refused a connection of process %d, user %d", pid, uid)
+                await _aside(connection.close)
         finally:
-            del self._clients[writer]
-            writer.close()
+            self._client_places.release()
 
-    def _refuses(self, peer: socket.socket) -> bool:
-        pid, uid, _gid = _credentials(peer)
-        if uid not in self._peer_uids:
-            log.warning("refused a connection of process %d, user %d", pid, uid)
-            return True
-        return False
+    async def _serve_client(self, connection: socket.socket, *, is_starter: bool) -> None:
+        reader, writer = await asyncio.open_unix_connection(sock=connection)
+        client = _Client(writer, is_starter, may_own=is_starter or self._shared_ownership)
+        try:
+            with self._silent_clients.seat():
+                async with client.patience(limits.HELLO_TIMEOUT_S):
+                    body = await self._receive(reader, client)
+            await self._reply(client, await self._answer(body, client))
+            if client.role is None:
+                return
+            bucket = TokenBucket(limits.REQUESTS[client.role])
+            while True:
+                body = await self._receive(reader, client)
+                # Over the rate it is not read any further; and within it, others come first.
+                await asyncio.sleep(bucket.take())
+                await self._reply(client, await self._answer(body, client))
+        except LimitError as error:
+            writer.write(wire.frame(_failure(error)))
+        except wire.ProtocolError as error:
+            log.warning("closing a control connection: %s", error)
+        except EOFError:
+            pass  # it sends nothing more, but may still read its answers
+        except OSError:
+            writer.transport.abort()  # it is gone, or stopped reading or writing
+        finally:
+            try:
+                await self._hang_up(client)
+            finally:
+                self._clients.discard(client)
 
-    async def _answer(self, body: bytes, greeted: bool) -> wire.Reply:
+    async def _hang_up(self, client: _Client) -> None:
+        """Close a connection when its peer has read what there is for it, or does not."""
+        at_once = client.is_starter or self._stopping.is_set()
+        transport = client.writer.transport
+        transport.set_write_buffer_limits(0)  # what `drain` waits for
+        try:
+            async with asyncio.timeout(0 if at_once else limits.REPLY_TIMEOUT_S):
+                await client.writer.drain()
+        except OSError:
+            pass
+        finally:
+            # Not after close(), which may have ended it by now: abort() does not look (3.11).
+            transport.abort()
+
+    async def _receive(self, reader: asyncio.StreamReader, client: _Client) -> bytes:
+        """Wait for a request as long as it takes; once it has begun it must end soon."""
+        first = await reader.readexactly(1)
+        async with client.patience(limits.FRAME_TIMEOUT_S):
+            length = int.from_bytes(
+                first + await reader.readexactly(wire.LENGTH_BYTES - 1), "little"
+            )
+            if length > wire.REQUEST_MAX_BYTES:
+                raise wire.ProtocolError(f"a frame of {length} bytes")
+            return await reader.readexactly(length)
+
+    async def _reply(self, client: _Client, reply: wire.Reply) -> None:
+        client.writer.write(wire.frame(reply))
+        async with client.patience(limits.REPLY_TIMEOUT_S):
+            await client.writer.drain()
+
+    async def _answer(self, body: bytes, client: _Client) -> wire.Reply:
         try:
             request = wire.decode_request(body)
-            if not greeted and not isinstance(request, wire.Hello):
-                raise MktmeError("the first message of a connection is Hello")
-            return await self._handle(request)
+            if isinstance(request, wire.Hello):
+                return self._welcome(request, client)
+            if client.role is None:
+                raise wire.ProtocolError("the first message of a connection is Hello")
+            if not client.role.may_send(request):
+                raise wire.RoleError(
+                    f"an {client.role.value} may not send {type(request).__name__}",
+                    hint="only an owner may, as the process that started the engine is",
+                )
+            return await self._requests.handle(request)
         except MktmeError as error:
-            return wire.Failure(error=type(error).__name__, message=str(error), hint=error.hint)
+            return _failure(error)
         except Exception as error:
             # A fault of ours; the type alone, since a message might quote what it choked on.
             log.error("request failed: %s", type(error).__name__)
             return wire.Failure(error="InternalError", message=type(error).__name__)
 
-    async def _handle(self, request: wire.Request) -> wire.Reply:
-        match request:
-            case wire.Hello(version=version):
-                if version != wire.PROTOCOL_VERSION:
-                    raise MktmeError(
-                        f"this engine speaks protocol {wire.PROTOCOL_VERSION}, not {version}"
-                    )
-                return wire.Welcome(
-                    version=wire.PROTOCOL_VERSION,
-                    engine_pid=os.getpid(),
-                    dram_path=str(self._dram.path),
-                    link_socket=str(self._run_dir / LINK_SOCKET),
-                )
-            case wire.GetStatus():
-                return self._status()
-            case wire.AddVm():
-                return self._add_vm(request)
-            case wire.RemoveVm(vm=uuid):
-                self._remove_vm(self._vm(uuid))
-                return wire.Done()
-            case wire.FlushVm(vm=uuid):
-                await self._flush(self._vm(uuid))
-                return wire.Done()
-            case wire.ReadVm():
-                return self._read(request)
-            case wire.ReadMarks():
-                return self._marks(request)
-            case wire.WriteSidecar():
-                return self._write_sidecar()
-
-    def _vm(self, uuid: UUID) -> Vm:
-        try:
-            return self._vms[uuid]
-        except KeyError:
-            raise MktmeError(f"no VM {uuid} on this platform") from None
-
-    def _add_vm(self, request: wire.AddVm) -> wire.VmAdded:
-        if request.vm in self._vms:
-            raise MktmeError(f"VM {request.vm} is there already")
-        if request.memory_bytes <= 0 or request.memory_bytes % PAGE_BYTES:
-            raise AddressError("memory is not whole pages", address=request.memory_bytes)
-        region = self._dram.allocate(request.memory_bytes)
-        try:
-            keyid = self._program_free_keyid(request)
-            self._controller.assign(region.base, region.size_bytes, keyid)
-        except BaseException:
-            self._dram.free(region)
-            raise
-        self._vms[request.vm] = Vm(
-            uuid=request.vm,
-            name=request.name,
-            memory_bytes=request.memory_bytes,
-            track=request.track,
-            keyid=keyid,
-            region=region,
+    def _welcome(self, hello: wire.Hello, client: _Client) -> wire.Welcome:
+        if client.role is not None:
+            raise wire.ProtocolError("Hello is said once")
+        if hello.version != wire.PROTOCOL_VERSION:
+            raise MktmeError(
+                f"this engine speaks protocol {wire.PROTOCOL_VERSION}, not {hello.version}"
+            )
+        if hello.role is wire.Role.OWNER and not client.may_own:
+            raise wire.RoleError(
+                "on the control socket there are observers only",
+                hint="ask to be an observer, or start the engine with --shared-ownership",
+            )
+        if len(self._clients) >= limits.CONTROL_CONNECTIONS and not client.is_starter:
+            raise LimitError(f"{len(self._clients)} control connections are open already")
+        client.role = hello.role
+        self._clients.add(client)
+        return wire.Welcome(
+            version=wire.PROTOCOL_VERSION,
+            role=client.role,
+            engine_pid=os.getpid(),
+            dram_path=str(self._requests.dram.path),
+            link_socket=str(self._run_dir / LINK_SOCKET),
         )
-        return wire.VmAdded(keyid=keyid, base=region.base)
-
-    def _program_free_keyid(self, request: wire.AddVm) -> int:
-        used = {vm.keyid for vm in self._vms.values()}
-        keyid = next((one for one in range(1, self._keys.keyid_count) if one not in used), None)
-        if keyid is None:
-            raise KeyIdError("every KeyID is taken", keyid=len(used), hint="remove a VM first")
-        match request.mode:
-            case KeyMode.DIRECT:
-                if request.key_file is None:
-                    raise MktmeError("direct mode needs a key file")
-                key = read_key_file(Path(request.key_file), request.algorithm)
-                try:
-                    self._keys.program_direct(keyid, request.algorithm, key)
-                finally:
-                    wipe(key)
-            case KeyMode.RANDOM:
-                self._keys.program_random(keyid, request.algorithm)
-            case KeyMode.NO_ENCRYPT:
-                self._keys.program_no_encrypt(keyid)
-            case KeyMode.PLATFORM:
-                raise MktmeError("a VM has a KeyID of its own, not the platform's")
-        return keyid
-
-    def _remove_vm(self, vm: Vm) -> None:
-        self._unlink(vm)
-        self._keys.clear(vm.keyid)
-        # The ciphertext stays: no later key of these addresses makes sense of it.
-        self._controller.assign(vm.region.base, vm.region.size_bytes, 0)
-        self._dram.free(vm.region)
-        del self._vms[vm.uuid]
-
-    def _status(self) -> wire.Status:
-        return wire.Status(
-            keys=tuple(
-                wire.KeyStatus(keyid=one.keyid, mode=one.mode, algorithm=one.algorithm)
-                for one in self._keys.describe()
-            ),
-            vms=tuple(vm_status(vm) for vm in self._vms.values()),
-            dram_bytes=self._dram.size_bytes,
-            memory=own_memory(),
-            cpu_s=time.process_time(),
-        )
-
-    def _read(self, request: wire.ReadVm) -> wire.Data:
-        vm = self._vm(request.vm)
-        offset, size = request.ram_offset, request.size_bytes
-        if offset < 0 or size <= 0 or offset % PAGE_BYTES or size % PAGE_BYTES:
-            raise AddressError("a read is of whole pages", address=offset)
-        if size > wire.READ_MAX_BYTES or offset + size > vm.memory_bytes:
-            raise AddressError(f"no read of {size} bytes at RAM offset {offset:#x}", address=offset)
-        first = (vm.region.base + offset) // PAGE_BYTES
-        plaintext = self._controller.read_pages(first, size // PAGE_BYTES, keyid=request.keyid)
-        return wire.Data(data=plaintext.tobytes())
-
-    def _marks(self, request: wire.ReadMarks) -> wire.Data:
-        vm = self._vm(request.vm)
-        first, count = request.first_page, request.page_count
-        if first < 0 or not 0 < count <= wire.READ_MAX_BYTES // 8:
-            raise AddressError(f"no {count} pages of marks at page {first}", address=first)
-        if first + count > vm.memory_bytes // PAGE_BYTES:
-            raise AddressError("marks past the end of RAM", address=first)
-        if vm.path is None:
-            raise MktmeError(f"VM {vm.name} is not linked")
-        return wire.Data(data=vm.path.line_marks(first, count).tobytes())
-
-    def _write_sidecar(self) -> wire.SidecarWritten:
-        path = sidecar_path(self._dram.path)
-        write_sidecar(path, describe(self._dram, self._controller, self._keys, self._vms.values()))
-        return wire.SidecarWritten(path=str(path))
 
     def _announce(self, event: wire.Event) -> None:
         data = wire.frame(event)
-        for client, greeted in self._clients.items():
-            # A client that does not read must not make us hold its events without bound.
-            if greeted and client.transport.get_write_buffer_size() < wire.REPLY_MAX_BYTES:
-                client.write(data)
+        for client in self._clients:
+            transport = client.writer.transport
+            if transport.is_closing():
+                continue
+            if transport.get_write_buffer_size() < limits.EVENT_BUFFER_BYTES:
+                client.writer.write(data)
+            elif not client.is_starter:
+                # Better no connection than one with a gap. The starter's would end every VM.
+                transport.abort()
+
+    def _may_tell(self) -> bool:
+        """Whether one more refusal may go into the log."""
+        if not self._refusals.try_take():
+            self._refusals_untold += 1
+            return False
+        if self._refusals_untold:
+            log.warning("refused %d connections more", self._refusals_untold)
+            self._refusals_untold = 0
+        return True
 
     # --- plugin links -------------------------------------------------------------------------
 
-    async def _accept_links(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            connection, _ = await loop.sock_accept(listener)
-            connection.setblocking(False)
-            self._spawn(self._serve_link(connection))
-
     async def _serve_link(self, connection: socket.socket) -> None:
-        with connection:
-            vm = None
-            try:
-                async with asyncio.timeout(HELLO_TIMEOUT_S):
-                    await _readable(connection)
-                vm = self._accept_hello(connection)
-                connection.send(ram_link.encode_answer())
-            except (LinkError, EngineError, OSError, TimeoutError) as error:
-                reason = str(error) or "no hello came in time"
-                log.warning("refused a plugin: %s", reason)
-                with contextlib.suppress(OSError):
-                    connection.send(ram_link.encode_answer(reason))
-                self._announce(wire.LinkRefused(reason=reason))
-                if vm is not None:
-                    self._unlink(vm)
-                return
-            vm.connection = connection
-            vm.follower = asyncio.current_task()
-            self._announce(wire.VmLinked(vm=vm.uuid))
-            drains = asyncio.ensure_future(self._follow(vm))
-            try:
-                # Nothing follows the hello: whatever comes, or the end, is the end.
-                await _readable(connection)
-            finally:
-                drains.cancel()
-                await asyncio.gather(drains, return_exceptions=True)
-                self._release_link(vm)
-                self._announce(wire.VmUnlinked(vm=vm.uuid))
-
-    def _accept_hello(self, connection: socket.socket) -> Vm:
-        """Receive and check one hello; its descriptors never outlive a refusal."""
-        pid, uid, _gid = _credentials(connection)
-        message, descriptors, flags, _ = socket.recv_fds(
-            connection,
-            ram_link.HELLO_MAX_BYTES + 1,
-            ram_link.MAX_DESCRIPTORS,
-            socket.MSG_CMSG_CLOEXEC,
-        )
-        with contextlib.ExitStack() as received:
-            for descriptor in descriptors:
-                received.callback(os.close, descriptor)
-            # Not before its message was received: a peer whose data was left unread gets a reset
-            # in place of our reason.
-            if uid not in self._peer_uids:
-                raise LinkError(f"user {uid} may not connect")
-            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-                raise LinkError("hello with more bytes or descriptors than one can have")
-            hello = ram_link.decode_hello(message)
-            vm = self._vms.get(hello.vm_uuid)
-            if vm is None:
-                raise LinkError(f"no VM {hello.vm_uuid} was announced to this engine")
-            if vm.link is not None:
-                raise LinkError(f"VM {hello.vm_uuid} is linked already")
-            if hello.ram_bytes != vm.memory_bytes:
-                raise LinkError(
-                    f"VM {vm.name} has {hello.ram_bytes} bytes of RAM,"
-                    f" {vm.memory_bytes} were announced"
-                )
-            received.pop_all()
-        link = VmLink(hello, descriptors, pid)  # owns the descriptors, also when it fails
+        left = contextlib.ExitStack()  # what is to be closed, should it be refused
+        left.callback(connection.close)
         try:
-            # Had it been linked before, DRAM would hold old memory where this one's is untouched.
-            self._dram.erase(vm.region)
-            vm.path = ShadowDataPath(link, self._controller, vm.region, vm.track)
-        except BaseException:
-            link.close()
-            raise
-        vm.link = link
-        return vm
+            vm = await self._accept_hello(connection, left)
+        except Exception as error:
+            self._refuse_link(connection, _reason(error))
+            await _aside(left.close)
+            return
+        finally:
+            self._link_places.release()
+        self._announce(wire.VmLinked(vm=vm.uuid))
+        drains = asyncio.ensure_future(self._follow(vm))
+        try:
+            # Nothing follows the hello: whatever comes, or the end, is the end.
+            await _readable(connection)
+        finally:
+            drains.cancel()
+            await asyncio.gather(drains, return_exceptions=True)
+            release_link(vm)
+            self._announce(wire.VmUnlinked(vm=vm.uuid))
+            connection.shutdown(socket.SHUT_RDWR)
+            async with self._link_places:  # what came last may bring descriptors
+                await _aside(connection.close)
 
     async def _follow(self, vm: Vm) -> None:
-        """Drain one VM for as long as it is linked."""
-        wait_s = 0.0
-        while True:
-            await asyncio.sleep(wait_s)
-            async with vm.lock:
-                try:
-                    started_s = vm.drain_s
-                    wrote = await self._run_drain(vm, lambda path: path.drain())
-                    wait_s = vm.pacer.next(vm.drain_s - started_s, wrote > 0)
-                except DramFullError as error:
-                    wait_s = FULL_RETRY_S
-                    self._note_full(vm, error)
-                except Exception as error:
-                    self._cut(vm, error)
-                    return
+        if isinstance(vm.path, InlineDataPath):
+            await self._faults.follow(vm, vm.path)
+        else:
+            await self._drains.follow(vm)
 
-    async def _flush(self, vm: Vm) -> None:
-        async with vm.lock:
-            try:
-                await self._run_drain(vm, lambda path: path.flush())
-            except DramFullError as error:
-                self._note_full(vm, error)
-                raise
+    def _refuse_link(self, connection: socket.socket, reason: str) -> None:
+        if self._may_tell():
+            log.warning("refused a plugin: %s", reason)
+            self._announce(wire.LinkRefused(reason=reason))
+        with contextlib.suppress(OSError):
+            connection.send(ram_link.encode_answer(reason))
 
-    async def _run_drain(self, vm: Vm, start: Callable[[ShadowDataPath], Iterator[int]]) -> int:
-        """Run one drain or flush, giving way to other work after each batch."""
-        if vm.path is None:
-            raise LinkError(f"VM {vm.name} is not linked: there is nothing to follow")
-        batches = start(vm.path)
-        changed = 0
-        while True:
-            started = time.perf_counter()
-            lines = next(batches, None)
-            vm.drain_s += time.perf_counter() - started
-            if lines is None:
-                break
-            changed += lines
-            await asyncio.sleep(0)
-        if vm.full:
-            vm.full, vm.fault = False, None
-            self._announce(wire.DramCaughtUp(vm=vm.uuid))
-        return changed
+    async def _accept_hello(self, connection: socket.socket, left: contextlib.ExitStack) -> Vm:
+        """Receive and check one hello, and answer that it is accepted."""
+        with self._silent_links.seat():
+            async with asyncio.timeout(limits.HELLO_TIMEOUT_S):
+                await _readable(connection)
+        message, descriptors, flags = await _aside(lambda: _receive_hello(connection))
+        for descriptor in descriptors:
+            left.callback(os.close, descriptor)
+        pid, uid, _gid = _credentials(connection)
+        # Not before its message was received: a peer whose data was left unread gets a reset in
+        # place of our reason.
+        if uid not in self._peer_uids:
+            raise LinkError(f"user {uid} may not connect")
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise LinkError("hello with more bytes or descriptors than one can have")
+        hello = ram_link.decode_hello(message)
+        vm = self._expected(hello)
+        left.pop_all()
+        left.callback(connection.close)
+        # It owns the descriptors, also when it fails.
+        link = await _aside(lambda: VmLink(hello, descriptors, pid))
+        left.callback(link.close)
+        if self._expected(hello) is not vm:
+            raise LinkError(f"VM {hello.vm_uuid} is another by now")
+        # Had it been linked before, DRAM would hold old memory where this one's is untouched.
+        self._requests.dram.erase(vm.region)
+        path = self._data_path(vm, link)
+        connection.send(ram_link.encode_answer())
+        vm.link, vm.path, vm.connection = link, path, connection
+        vm.follower = asyncio.current_task()
+        return vm
 
-    def _note_full(self, vm: Vm, error: DramFullError) -> None:
-        if not vm.full:
-            vm.full, vm.fault = True, str(error)
-            self._announce(wire.DramFull(vm=vm.uuid, message=str(error)))
+    def _data_path(self, vm: Vm, link: VmLink) -> AnyDataPath:
+        controller = self._requests.controller
+        if vm.datapath is DataPath.INLINE:
+            pages = vm.memory_bytes // PAGE_BYTES
+            window = Window(pages, vm.window_bytes // PAGE_BYTES, vm.policy)
+            return InlineDataPath(link, controller, vm.region, window)
+        if vm.track is None or link.userfaultfd is not None:
+            raise LinkError(f"VM {vm.name} was announced as a shadow VM, and is none")
+        return ShadowDataPath(link, controller, vm.region, vm.track)
 
-    def _cut(self, vm: Vm, error: Exception) -> None:
-        """Fail closed: a VM that cannot be followed loses its link, and its plugin stops it."""
-        text = f"{type(error).__name__}: {error}"
-        log.error("VM %s cannot be followed: %s", vm.name, text)
-        vm.fault = text
-        self._announce(wire.VmFault(vm=vm.uuid, message=text))
-        if vm.connection is not None:
-            vm.connection.shutdown(socket.SHUT_RDWR)
-
-    def _unlink(self, vm: Vm) -> None:
-        if vm.follower is not None:
-            vm.follower.cancel()
-        if vm.connection is not None:
-            with contextlib.suppress(OSError):
-                vm.connection.shutdown(socket.SHUT_RDWR)
-        self._release_link(vm)
-
-    @staticmethod
-    def _release_link(vm: Vm) -> None:
-        vm.path = None
+    def _expected(self, hello: ram_link.Hello) -> Vm:
+        """The VM that a hello is for."""
+        vm = self._requests.vms.get(hello.vm_uuid)
+        if vm is None:
+            raise LinkError(f"no VM {hello.vm_uuid} was announced to this engine")
         if vm.link is not None:
-            vm.link.close()
-        vm.link = vm.connection = vm.follower = None
-
-    def _close_vms(self) -> None:
-        for vm in self._vms.values():
-            self._unlink(vm)
+            raise LinkError(f"VM {hello.vm_uuid} is linked already")
+        if hello.ram_bytes != vm.memory_bytes:
+            raise LinkError(
+                f"VM {vm.name} has {hello.ram_bytes} bytes of RAM, {vm.memory_bytes} were announced"
+            )
+        return vm
 
     # --- helpers ------------------------------------------------------------------------------
 
@@ -448,7 +407,9 @@ class EngineServer:
             finally:
                 os.umask(mask)
             try:
-                listener.listen(16)
+                if kind is socket.SOCK_STREAM:
+                    _refuse_descriptors(listener)
+                listener.listen(_BACKLOG)
                 listener.setblocking(False)
                 yield listener
             finally:
@@ -465,6 +426,56 @@ def _credentials(peer: socket.socket) -> tuple[int, int, int]:
     data = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     pid, uid, gid = _UCRED.unpack(data)
     return pid, uid, gid
+
+
+def _reason(error: Exception) -> str:
+    """Why a plugin is refused."""
+    if isinstance(error, TimeoutError):
+        return "no hello came in time"
+    if isinstance(error, (MktmeError, OSError)):
+        return str(error)
+    log.error("hello failed: %s", type(error).__name__)  # a fault of ours, as in `_answer`
+    return "the engine failed"
+
+
+def _failure(error: MktmeError) -> wire.Failure:
+    return wire.Failure(error=type(error).__name__, message=str(error), hint=error.hint)
+
+
+def _refuse_descriptors(listener: socket.socket) -> None:
+    """No descriptors for the connections of a listener: see `_aside` for what they can do."""
+    with contextlib.suppress(OSError):  # ENOPROTOOPT: an older kernel
+        listener.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+
+
+def _receive_hello(connection: socket.socket) -> tuple[bytes, list[int], int]:
+    message, descriptors, flags, _ = socket.recv_fds(
+        connection,
+        ram_link.HELLO_MAX_BYTES + 1,
+        ram_link.MAX_DESCRIPTORS,
+        socket.MSG_CMSG_CLOEXEC,
+    )
+    return message, descriptors, flags
+
+
+def _aside(work: Callable[[], _T]) -> asyncio.Future[_T]:
+    """Run in a thread of its own what may close a descriptor that a peer sent.
+
+    Its maker decides how long that takes: a TCP socket may linger (socket(7), SO_LINGER), a file
+    of FUSE waits for its server. What the kernel closes itself, as more than was asked for, or
+    never received, it closes in the thread that received or closed the connection.
+    """
+    result: Future[_T] = Future()
+    result.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except Exception as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="mktme-aside", daemon=True).start()
+    return asyncio.wrap_future(result)
 
 
 async def _readable(connection: socket.socket) -> None:

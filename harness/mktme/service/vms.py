@@ -9,16 +9,33 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 from uuid import UUID
 
 import msgspec
 
+from mktme.datapath.inline import InlineDataPath, Poison
+from mktme.datapath.kinds import DataPath
 from mktme.datapath.link import VmLink
 from mktme.datapath.shadow import DrainPacer, ShadowDataPath, Track
+from mktme.datapath.window import Policy
 from mktme.engine.controller import MemoryController
-from mktme.engine.dram import Dram, GuestSegment, PlatformRecord, Region, Sidecar, VmRecord
-from mktme.engine.keys import KeyTable
+from mktme.engine.dram import (
+    Dram,
+    ExclusionRecord,
+    GuestSegment,
+    IntegrityRecord,
+    PlatformRecord,
+    Region,
+    Sidecar,
+    VmRecord,
+    mac_path,
+)
+from mktme.engine.package import Package
+from mktme.engine.xts import LINE_BYTES, PAGE_BYTES
 from mktme.service import wire
+
+AnyDataPath: TypeAlias = ShadowDataPath | InlineDataPath
 
 
 @dataclass(slots=True)
@@ -28,11 +45,15 @@ class Vm:
     uuid: UUID
     name: str
     memory_bytes: int
-    track: Track
+    datapath: DataPath
+    track: Track | None
     keyid: int
     region: Region
+    window_bytes: int = 0
+    policy: Policy = Policy.TWO_QUEUES
+    further_keyids: list[int] = field(default_factory=list)
     link: VmLink | None = None
-    path: ShadowDataPath | None = None
+    path: AnyDataPath | None = None
     follower: asyncio.Task[None] | None = None
     connection: socket.socket | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -41,18 +62,34 @@ class Vm:
     full: bool = False
     fault: str | None = None
 
+    def poisoned(self, poison: Poison) -> wire.PagePoisoned:
+        """What control clients are told of a page whose integrity check failed."""
+        address = self.region.base + poison.page * PAGE_BYTES
+        first_line = (poison.lines & -poison.lines).bit_length() - 1
+        return wire.PagePoisoned(
+            vm=self.uuid,
+            ram_offset=poison.page * PAGE_BYTES,
+            address=address + first_line * LINE_BYTES,
+            keyid=poison.keyid,
+            lines=poison.lines,
+        )
 
-def describe(
-    dram: Dram, controller: MemoryController, keys: KeyTable, vms: Iterable[Vm]
-) -> Sidecar:
+
+def describe(dram: Dram, package: Package, vms: Iterable[Vm]) -> Sidecar:
     """All that it takes, besides the keys, to read the DRAM image as it is now."""
+    exclusion = package.tme.exclusion
+    keys = package.keys.describe()
+    has_integrity = any(one.algorithm and one.algorithm.has_integrity for one in keys)
     return Sidecar(
         platform=PlatformRecord(
-            maxphyaddr=controller.maxphyaddr,
-            keyid_bits=keys.keyid_bits,
+            maxphyaddr=package.controller.maxphyaddr,
+            keyid_bits=package.keys.keyid_bits,
             dram_bytes=dram.size_bytes,
         ),
-        keys=keys.describe(),
+        keys=keys,
+        exclusion=None
+        if exclusion is None
+        else ExclusionRecord(mask=exclusion.mask, base=exclusion.base),
         vms=tuple(
             VmRecord(
                 uuid=vm.uuid,
@@ -64,7 +101,8 @@ def describe(
             )
             for vm in vms
         ),
-        pages=controller.page_ranges(),
+        pages=package.controller.page_ranges(),
+        integrity=IntegrityRecord(file=mac_path(dram.path).name) if has_integrity else None,
     )
 
 
@@ -83,7 +121,7 @@ def own_memory() -> wire.Memory:
     )
 
 
-def vm_status(vm: Vm) -> wire.VmStatus:
+def vm_status(vm: Vm, controller: MemoryController) -> wire.VmStatus:
     """What control clients are told of a VM."""
     status = wire.VmStatus(
         vm=vm.uuid,
@@ -91,26 +129,43 @@ def vm_status(vm: Vm) -> wire.VmStatus:
         keyid=vm.keyid,
         base=vm.region.base,
         memory_bytes=vm.memory_bytes,
+        datapath=vm.datapath,
         track=vm.track,
         linked=vm.link is not None,
+        further_keyids=tuple(vm.further_keyids),
+        pages=controller.page_ranges(vm.region)[: wire.PAGE_RANGES_MAX],
         fault=vm.fault,
     )
     if vm.link is None or vm.path is None:
         return status
-    counters = vm.link.counters()
-    return msgspec.structs.replace(
+    status = msgspec.structs.replace(
         status,
         qemu_pid=vm.link.qemu_pid,
         plugin_api=vm.link.hello.plugin_api,
         segments=_segments(vm.link),
-        traffic=wire.Traffic(
-            drain_s=vm.drain_s,
-            interval_s=vm.pacer.interval_s,
-            pending_pages=vm.path.pending_pages,
-            **dataclasses.asdict(vm.path.counters),
-            **({} if counters is None else dataclasses.asdict(counters)),
-        ),
     )
+    counters = vm.link.counters()
+    stores = {} if counters is None else dataclasses.asdict(counters)
+    if isinstance(vm.path, InlineDataPath):
+        window = vm.path.window
+        paging = wire.Paging(
+            service_s=vm.drain_s,
+            policy=window.policy,
+            window_bytes=window.capacity_pages * PAGE_BYTES,
+            resident_bytes=window.resident_pages * PAGE_BYTES,
+            peak_bytes=window.peak_pages * PAGE_BYTES,
+            **dataclasses.asdict(vm.path.counters),
+            **stores,
+        )
+        return msgspec.structs.replace(status, paging=paging)
+    traffic = wire.Traffic(
+        drain_s=vm.drain_s,
+        interval_s=vm.pacer.interval_s,
+        pending_pages=vm.path.pending_pages,
+        **dataclasses.asdict(vm.path.counters),
+        **stores,
+    )
+    return msgspec.structs.replace(status, traffic=traffic)
 
 
 def _segments(link: VmLink) -> tuple[GuestSegment, ...]:

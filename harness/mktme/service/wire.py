@@ -6,25 +6,36 @@ a `Reply` or an `Event` the other. Requests of one connection are answered in or
 in between. Decoding is strict: an unknown type, a missing or unknown field or a value of another
 type is a `ProtocolError`. No message carries a key in either direction: a known key is named by
 its file, which the engine reads itself.
+
+The first request of a connection is `Hello`, which asks for a role. Each class of request says
+what the least role is that may send it; if it says nothing, that is the owner.
 """
 
 from __future__ import annotations
 
-from typing import Final, TypeAlias
+import enum
+from typing import Annotated, ClassVar, Final, TypeAlias
 from uuid import UUID
 
 import msgspec
 
+from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
-from mktme.engine.dram import GuestSegment
+from mktme.datapath.window import Policy
+from mktme.engine.dram import GuestSegment, PageRange
 from mktme.engine.errors import MktmeError
+from mktme.engine.firmware import PlatformConfig, PlatformConfigError
 from mktme.engine.keys import KeyMode
+from mktme.engine.package import PowerEvent
 from mktme.engine.xts import Algorithm
+from mktme.service.custody import Custody
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 LENGTH_BYTES: Final = 4
 REQUEST_MAX_BYTES: Final = 64 << 10
 READ_MAX_BYTES: Final = 4 << 20
+NAME_MAX_CHARACTERS: Final = 255
+PAGE_RANGES_MAX: Final = 1024
 REPLY_MAX_BYTES: Final = READ_MAX_BYTES + (64 << 10)
 
 
@@ -35,47 +46,80 @@ class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True,
 # --- requests ---------------------------------------------------------------------------------
 
 
+class Role(enum.Enum):
+    """What a control connection may do."""
+
+    OWNER = "owner"
+    """Everything."""
+    OBSERVER = "observer"
+    """What neither reads a guest's memory nor changes anything; events come as well."""
+
+    def may_send(self, request: Command) -> bool:
+        """Whether a connection of this role may send a request."""
+        return self is Role.OWNER or request.least_role is Role.OBSERVER
+
+
 class Hello(Message, frozen=True):
-    """First request of a connection: which protocol version the client speaks."""
+    """First request of a connection: the client's protocol version, and the role it asks for."""
 
     version: int
+    role: Role = Role.OWNER
 
 
-class GetStatus(Message, frozen=True):
+class _Command(Message, frozen=True):
+    """Base of all requests that come after `Hello`.
+
+    Attributes:
+        least_role: the lowest role that may send it.
+    """
+
+    least_role: ClassVar[Role] = Role.OWNER
+
+
+class GetStatus(_Command, frozen=True):
     """Ask for `Status`."""
 
+    least_role: ClassVar[Role] = Role.OBSERVER
 
-class AddVm(Message, frozen=True):
+
+class AddVm(_Command, frozen=True):
     """Announce a VM: program its KeyID and set aside its DRAM; its QEMU may then link.
 
     Attributes:
+        name: for people; printable, at most `NAME_MAX_CHARACTERS`.
         memory_bytes: guest RAM, whole 4 KiB pages.
+        track: `shadow`: what tells of writes. `inline`: stores, to count them, or None.
+        window_bytes: `inline`: the most plaintext there may be, whole pages.
+        policy: `inline`: which pages leave a full window.
         mode: how its KeyID is programmed: direct, random or no-encrypt.
         key_file: absolute path of the key, for mode direct only.
     """
 
     vm: UUID
-    name: str
+    name: Annotated[str, msgspec.Meta(max_length=NAME_MAX_CHARACTERS)]
     memory_bytes: int
-    track: Track
+    track: Track | None
     algorithm: Algorithm
     mode: KeyMode
     key_file: str | None = None
+    datapath: DataPath = DataPath.SHADOW
+    window_bytes: int | None = None
+    policy: Policy = Policy.TWO_QUEUES
 
 
-class RemoveVm(Message, frozen=True):
+class RemoveVm(_Command, frozen=True):
     """Forget a VM: its link is closed, its KeyID cleared, its DRAM set free."""
 
     vm: UUID
 
 
-class FlushVm(Message, frozen=True):
+class FlushVm(_Command, frozen=True):
     """Bring all that the VM wrote into DRAM; of a paused VM, DRAM is then exactly its RAM."""
 
     vm: UUID
 
 
-class ReadVm(Message, frozen=True):
+class ReadVm(_Command, frozen=True):
     """Read a VM's region of DRAM through the engine, as a reference with `keyid` would.
 
     Attributes:
@@ -90,7 +134,19 @@ class ReadVm(Message, frozen=True):
     keyid: int | None = None
 
 
-class ReadMarks(Message, frozen=True):
+class ReadDram(_Command, frozen=True):
+    """Read DRAM through the engine, whoever's it is; otherwise as `ReadVm`.
+
+    Attributes:
+        address: first byte, a multiple of 4096.
+    """
+
+    address: int
+    size_bytes: int
+    keyid: int | None = None
+
+
+class ReadMarks(_Command, frozen=True):
     """Ask which lines of a VM's pages the store tracker ever reported."""
 
     vm: UUID
@@ -98,22 +154,129 @@ class ReadMarks(Message, frozen=True):
     page_count: int
 
 
-class WriteSidecar(Message, frozen=True):
+class WriteSidecar(_Command, frozen=True):
     """Write the JSON description beside the DRAM image, as of now."""
 
 
-Request: TypeAlias = (
-    Hello | GetStatus | AddVm | RemoveVm | FlushVm | ReadVm | ReadMarks | WriteSidecar
+class ReadMsr(_Command, frozen=True):
+    """Execute RDMSR on the package."""
+
+    least_role: ClassVar[Role] = Role.OBSERVER
+
+    msr: int
+
+
+class WriteMsr(_Command, frozen=True):
+    """Execute WRMSR on the package."""
+
+    msr: int
+    value: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class ExecutePconfig(_Command, frozen=True):
+    """Execute PCONFIG on the package.
+
+    A VM whose KeyID it changes is stopped: what it had in memory is lost.
+
+    Attributes:
+        leaf: EAX.
+        address: RBX; only its alignment matters.
+        program: MKTME_KEY_PROGRAM_STRUCT, 192 bytes, both key fields zero.
+        key_file: absolute path of what the engine puts into the key fields: data key, then tweak
+            key, or as much entropy for a random key.
+    """
+
+    leaf: int
+    address: int
+    program: bytes
+    key_file: str | None = None
+
+
+class ProgramKey(_Command, frozen=True):
+    """Program a KeyID that nobody uses.
+
+    Attributes:
+        mode: direct, random or no-encrypt.
+        keyid: which one; None for the first that is free.
+        key_file: absolute path of the key, for mode direct only.
+        vm: whose it is, and with whom it goes; None for nobody's.
+    """
+
+    mode: KeyMode
+    algorithm: Algorithm
+    keyid: int | None = None
+    key_file: str | None = None
+    vm: UUID | None = None
+
+
+class ClearKey(_Command, frozen=True):
+    """Destroy the key of a KeyID that nobody uses."""
+
+    keyid: int
+
+
+class AssignPages(_Command, frozen=True):
+    """Give pages of a VM another KeyID; DRAM then holds them encrypted for it.
+
+    Attributes:
+        ram_offset: first byte, a multiple of 4096.
+        size_bytes: how much, a multiple of 4096.
+        keyid: 0 for pages shared with the platform, one of the VM's, or one that is nobody's;
+            None for the VM's own.
+    """
+
+    vm: UUID
+    ram_offset: int
+    size_bytes: int
+    keyid: int | None = None
+
+
+class ReleasePage(_Command, frozen=True):
+    """Let go on who waits for a page that `PagePoisoned` told of; its bad lines read as ones.
+
+    Attributes:
+        ram_offset: of the page.
+    """
+
+    vm: UUID
+    ram_offset: int
+
+
+class PowerPlatform(_Command, frozen=True):
+    """Let a power event happen: every VM ends, and firmware sets the platform up again."""
+
+    event: PowerEvent
+
+
+Command: TypeAlias = (
+    GetStatus
+    | AddVm
+    | RemoveVm
+    | FlushVm
+    | ReadVm
+    | ReadDram
+    | ReadMarks
+    | WriteSidecar
+    | ReadMsr
+    | WriteMsr
+    | ExecutePconfig
+    | ProgramKey
+    | ClearKey
+    | AssignPages
+    | ReleasePage
+    | PowerPlatform
 )
+Request: TypeAlias = Hello | Command
 
 
 # --- replies ----------------------------------------------------------------------------------
 
 
 class Welcome(Message, frozen=True):
-    """The engine speaks the client's version."""
+    """The engine speaks the client's version, and grants it a role."""
 
     version: int
+    role: Role
     engine_pid: int
     dram_path: str
     link_socket: str
@@ -142,6 +305,24 @@ class VmAdded(Message, frozen=True):
     base: int
 
 
+class KeyProgrammed(Message, frozen=True):
+    """Which KeyID was programmed."""
+
+    keyid: int
+
+
+class MsrValue(Message, frozen=True):
+    """What RDMSR read."""
+
+    value: int
+
+
+class PconfigDone(Message, frozen=True):
+    """What PCONFIG left in RAX: see `mktme.engine.pconfig.Status`."""
+
+    status: int
+
+
 class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A VM's write traffic so far; fields as in `mktme.datapath.shadow.ShadowCounters`.
 
@@ -168,11 +349,44 @@ class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     tlb_errors: int | None = None
 
 
+class Paging(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A VM's window so far; counters as in `mktme.datapath.inline.InlineCounters`.
+
+    Attributes:
+        service_s: time spent serving faults and flushing, seconds.
+        resident_bytes: plaintext in the window now.
+        peak_bytes: the most that ever was.
+        tlb_misses: of the plugin's micro-TLB, None without the store tracker; so the next three.
+    """
+
+    service_s: float
+    policy: Policy
+    window_bytes: int
+    resident_bytes: int
+    peak_bytes: int
+    faults: int
+    pages_fetched: int
+    pages_read_ahead: int
+    pages_evicted: int
+    lines_written: int
+    lines_stored: int
+    pages_vanished: int
+    pages_poisoned: int
+    tlb_misses: int | None = None
+    tlb_flushes: int | None = None
+    tlb_checked: int | None = None
+    tlb_errors: int | None = None
+
+
 class VmStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One VM as the engine sees it.
 
     Attributes:
-        linked: whether its QEMU is connected; `qemu_pid`, `segments` and `traffic` come with it.
+        linked: whether its QEMU is connected; `qemu_pid`, `segments`, and `traffic` (`shadow`) or
+            `paging` (`inline`) come with it.
+        further_keyids: KeyIDs that were programmed for it beside its own.
+        pages: the KeyID of each of its pages, in runs, the first `PAGE_RANGES_MAX` of them;
+            addresses are DRAM's.
         fault: why its memory is not followed any more or not now, None if all is well.
     """
 
@@ -181,21 +395,32 @@ class VmStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     keyid: int
     base: int
     memory_bytes: int
-    track: Track
+    track: Track | None
     linked: bool
+    datapath: DataPath = DataPath.SHADOW
+    further_keyids: tuple[int, ...] = ()
+    pages: tuple[PageRange, ...] = ()
     fault: str | None = None
     qemu_pid: int | None = None
     plugin_api: int | None = None
     segments: tuple[GuestSegment, ...] = ()
     traffic: Traffic | None = None
+    paging: Paging | None = None
 
 
 class KeyStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One KeyID: how it was programmed, never with what."""
+    """One KeyID: how it was programmed, never with what.
+
+    Attributes:
+        vm: the VM that it was programmed for.
+        pages: how many pages are assigned to it.
+    """
 
     keyid: int
     mode: KeyMode
     algorithm: Algorithm | None
+    vm: UUID | None
+    pages: int
 
 
 class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -211,10 +436,17 @@ class Status(Message, frozen=True):
     """Answer to `GetStatus`.
 
     Attributes:
+        platform: what firmware set up.
+        keyids_free: how many KeyIDs can be programmed and are not.
+        custody: how the engine keeps its memory to itself.
         cpu_s: processor time that the engine has used, user and system, seconds.
     """
 
+    platform: PlatformConfig
+    custody: Custody
+
     keys: tuple[KeyStatus, ...]
+    keyids_free: int
     vms: tuple[VmStatus, ...]
     dram_bytes: int
     memory: Memory
@@ -233,7 +465,18 @@ class SidecarWritten(Message, frozen=True):
     path: str
 
 
-Reply: TypeAlias = Welcome | Done | Failure | VmAdded | Status | Data | SidecarWritten
+Reply: TypeAlias = (
+    Welcome
+    | Done
+    | Failure
+    | VmAdded
+    | KeyProgrammed
+    | MsrValue
+    | PconfigDone
+    | Status
+    | Data
+    | SidecarWritten
+)
 
 
 # --- events -----------------------------------------------------------------------------------
@@ -277,19 +520,48 @@ class VmFault(Message, frozen=True):
     message: str
 
 
-Event: TypeAlias = VmLinked | VmUnlinked | LinkRefused | DramFull | DramCaughtUp | VmFault
+class PagePoisoned(Message, frozen=True):
+    """A line does not match its MAC; who wanted its page waits until `ReleasePage`.
+
+    Attributes:
+        ram_offset: of the page.
+        address: of the first bad line in DRAM.
+        keyid: the KeyID that it was read with.
+        lines: bit i is set if line i of the page is bad.
+    """
+
+    vm: UUID
+    ram_offset: int
+    address: int
+    keyid: int
+    lines: int
+
+
+Event: TypeAlias = (
+    VmLinked | VmUnlinked | LinkRefused | DramFull | DramCaughtUp | VmFault | PagePoisoned
+)
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _request_decoder: Final[msgspec.msgpack.Decoder[Request]] = msgspec.msgpack.Decoder(Request)
 _reply_decoder: Final[msgspec.msgpack.Decoder[Reply | Event]] = msgspec.msgpack.Decoder(
     Reply | Event
 )
-# msgspec's own, and two that it lets through: of a type that is not UTF-8, and of deep nesting.
-_DECODE_ERRORS: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+# msgspec's own, and what it lets through: of a type that is not UTF-8, of deep nesting, and of
+# settings that no platform can have.
+_DECODE_ERRORS: Final = (
+    msgspec.MsgspecError,
+    UnicodeDecodeError,
+    RecursionError,
+    PlatformConfigError,
+)
 
 
 class ProtocolError(MktmeError):
-    """What came is no message of this protocol."""
+    """What came is no message of this protocol, or has no place here."""
+
+
+class RoleError(MktmeError):
+    """A connection asked for a role, or sent a request, that it may not have or send."""
 
 
 def decode_request(body: bytes) -> Request:
@@ -301,7 +573,7 @@ def decode_request(body: bytes) -> Request:
     try:
         return _request_decoder.decode(body)
     except _DECODE_ERRORS as error:
-        raise ProtocolError(f"not a valid request: {error}") from error
+        raise ProtocolError(f"not a valid request: {_on_one_line(error)}") from error
 
 
 def decode_reply(body: bytes) -> Reply | Event:
@@ -313,7 +585,13 @@ def decode_reply(body: bytes) -> Reply | Event:
     try:
         return _reply_decoder.decode(body)
     except _DECODE_ERRORS as error:
-        raise ProtocolError(f"not a valid reply: {error}") from error
+        raise ProtocolError(f"not a valid reply: {_on_one_line(error)}") from error
+
+
+def _on_one_line(error: Exception) -> str:
+    """What an error says. It may quote the peer, who must not write lines of the log."""
+    text = str(error)
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def frame(message: Message) -> bytes:

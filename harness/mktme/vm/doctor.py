@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from mktme.datapath.uffd import open_write_tracking, require_write_tracking
+from mktme.datapath.uffd import (
+    open_write_tracking,
+    require_fault_handling,
+    require_write_tracking,
+)
 from mktme.engine.errors import MktmeError
 from mktme.vm import images
 from mktme.vm.host import EMULATOR, EnvironmentUnfitError, Host, dotted, plugin_path
@@ -55,6 +59,7 @@ def examine() -> list[Finding]:
         ("QEMU plugin", _plugin),
         ("userfaultfd", _userfaultfd),
         ("PAGEMAP_SCAN", _pagemap_scan),
+        ("inline data path", _inline),
         ("guest image", _image),
         ("memory", _memory),
         ("disk", _disk),
@@ -114,6 +119,11 @@ def _userfaultfd() -> str:
 def _pagemap_scan() -> str:
     require_write_tracking()
     return f"kernel {os.uname().release} finds written pages"
+
+
+def _inline() -> str:
+    require_fault_handling()
+    return "userfaultfd stops system calls, too"
 
 
 def _image() -> str:

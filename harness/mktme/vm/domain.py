@@ -9,6 +9,7 @@ import threading
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -18,6 +19,7 @@ import libvirt
 import libvirt_qemu
 
 from mktme.engine.dram import GuestSegment
+from mktme.vm.bypass import refuse_bypasses
 from mktme.vm.console import Console, VmError, VmLostError
 from mktme.vm.host import Host
 from mktme.vm.images import GuestImage
@@ -31,6 +33,14 @@ _MTREE_RAM: Final = re.compile(
     r"^\s*([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, ram\): (\S+)(?: @([0-9a-f]{16}))?", re.M
 )
 
+# A machine check that software must recover from (SRAR): "data load", an address that is valid and
+# physical (SDM vol. 3B, table 17-20; QEMU target/i386/cpu.h).
+_MCI_STATUS: Final = 0xBD80_0000_0000_0134
+_MCG_STATUS: Final = 0x7  # RIPV, EIPV, MCIP
+_MCI_MISC: Final = 0x8C  # the address is physical, and good to 4 KiB
+_MONITOR_TIMEOUT_S: Final = 10.0
+_POLL_S: Final = 0.002
+
 ET.register_namespace("qemu", _QEMU_NAMESPACE)
 
 
@@ -40,6 +50,7 @@ class DomainSpec:
 
     Attributes:
         plugin: the `-plugin` argument, None to run without.
+        inline: whether its memory is a window, which bears less than all of it would.
         console_socket: where QEMU is to listen for the serial console.
     """
 
@@ -51,6 +62,12 @@ class DomainSpec:
     console_socket: Path
     emulator: Path
     plugin: str | None = None
+    inline: bool = False
+
+
+# All that TCG can do, as an Intel processor with TME (Sapphire Rapids): Linux looks for TME, and
+# handles machine checks, as the vendor has them. TCG's own "max" says it is AMD's.
+_CPU: Final = "max,vendor=GenuineIntel,family=6,model=143,stepping=8"
 
 
 def ram_below_4g(memory_bytes: int) -> int:
@@ -59,6 +76,12 @@ def ram_below_4g(memory_bytes: int) -> int:
     Checked against QEMU's own map for each VM that is launched: `Domain.check_guest_map`.
     """
     return _Q35_LOW_BESIDE_HOLE if memory_bytes >= _Q35_HOLE_FROM else memory_bytes
+
+
+def guest_physical(ram_offset: int, memory_bytes: int) -> int:
+    """The guest-physical address of a RAM offset on a q35 machine."""
+    low = ram_below_4g(memory_bytes)
+    return ram_offset if ram_offset < low else ram_offset - low + _FOUR_GIB
 
 
 def domain_xml(spec: DomainSpec) -> str:
@@ -89,10 +112,13 @@ def domain_xml(spec: DomainSpec) -> str:
     _child(serial, "source", mode="bind", path=str(spec.console_socket))
     _child(serial, "target", port="0")
     _child(devices, "memballoon", model="virtio")
+    arguments = ET.SubElement(domain, f"{{{_QEMU_NAMESPACE}}}commandline")
+    # libvirt knows the model but no way to another vendor; QEMU takes the last -cpu.
+    values = ["-cpu", _CPU]
     if spec.plugin is not None:
-        arguments = ET.SubElement(domain, f"{{{_QEMU_NAMESPACE}}}commandline")
-        for value in ("-plugin", spec.plugin):
-            ET.SubElement(arguments, f"{{{_QEMU_NAMESPACE}}}arg", value=value)
+        values += ["-plugin", spec.plugin]
+    for value in values:
+        ET.SubElement(arguments, f"{{{_QEMU_NAMESPACE}}}arg", value=value)
     return ET.tostring(domain, encoding="unicode")
 
 
@@ -123,8 +149,11 @@ class Domain:
         if not self._host.embedded:
             # The embedded driver has no such thing; vm/reaper.py stands in for it.
             flags |= libvirt.VIR_DOMAIN_START_AUTODESTROY
+        xml = domain_xml(self.spec)
+        if self.spec.plugin is not None:
+            refuse_bypasses(xml, inline=self.spec.inline)
         try:
-            self._domain = self._host.connection.createXML(domain_xml(self.spec), flags)
+            self._domain = self._host.connection.createXML(xml, flags)
         except libvirt.libvirtError as error:
             raise VmError(self.reason(f"libvirt could not start {self.label}: {error}")) from (
                 error
@@ -213,6 +242,38 @@ class Domain:
             lambda: libvirt_qemu.qemuMonitorCommand(self._domain, command, flags)
         )
         return answer
+
+    def machine_check(self, address: int, *, on_its_way: Callable[[], None]) -> None:
+        """Have an uncorrected memory error reported to the guest: a machine check.
+
+        QEMU queues it for its vCPUs and waits for them, one of which may be waiting for the very
+        page that is bad.
+
+        Args:
+            address: guest-physical, of the bad line.
+            on_its_way: called once QEMU was told: lets go on who waits for the page.
+
+        Raises:
+            VmError: QEMU cannot be told.
+        """
+        everywhere = "-b " if self.spec.vcpus > 1 else ""  # as Intel's processors do
+        command = (
+            f"mce {everywhere}0 1 {_MCI_STATUS:#x} {_MCG_STATUS:#x} {address:#x} {_MCI_MISC:#x}"
+        )
+        with ThreadPoolExecutor(1) as pool:
+            told = pool.submit(self.monitor, command)
+            deadline = time.monotonic() + _MONITOR_TIMEOUT_S
+            # libvirt says when it has sent a command and waits for the answer.
+            while not told.done() and self._control_state() != libvirt.VIR_DOMAIN_CONTROL_OCCUPIED:
+                if time.monotonic() > deadline:
+                    break
+                wait([told], _POLL_S)
+            on_its_way()
+            told.result()
+
+    def _control_state(self) -> int:
+        state: int = self._call(lambda: self._domain.controlInfo()[0])
+        return state
 
     def check_guest_map(self, segments: tuple[GuestSegment, ...]) -> None:
         """Compare the plugin's guest-physical map with QEMU's own flat view of memory.

@@ -3,8 +3,8 @@
 
 A recipe (``guest-images/NAME/recipe.toml``) names the packages, the kernel command line and a few
 files of ours. What is booted is the package's kernel, byte for byte, and an initramfs of the
-package's busybox and our files. Packages come through the machine's own apt sources, and their
-SHA-256 is the one in the index that apt has authenticated.
+packages' busybox, programs and libraries, as they are, and our files. Packages come through the
+machine's own apt sources, and their SHA-256 is the one in the index that apt has authenticated.
 
 ::
 
@@ -51,11 +51,12 @@ __all__ = [
 
 RECIPES_DIR = Path(__file__).parents[3] / "guest-images"
 
-_FORMAT = 1
+_FORMAT = 2
 """Part of every image's key: raise it when this module builds something else from a recipe."""
 
 _KERNEL_MEMBER = r"\./boot/vmlinuz-[^/]+"
-_BUSYBOX_MEMBER = r"\./(usr/)?bin/busybox"
+# Debian 13 has below /usr what Debian 12 had in / as well.
+_ROOT_MEMBER = r"\./(usr/)?"
 
 _APT_HINT = "refresh apt's index with `sudo apt-get update`; check its sources and the network"
 
@@ -77,7 +78,7 @@ class ImageError(MktmeError):
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A Debian package, and the one file of it that is booted."""
+    """A Debian package, and a file of it that is booted."""
 
     name: str
     version: str
@@ -92,16 +93,25 @@ class Package:
         """File name of the .deb in the image's directory."""
         return f"{self.name}.deb"
 
+    @property
+    def path(self) -> str:
+        """Where the file is in the initramfs, which has no /usr of its own."""
+        return re.sub(rf"^{_ROOT_MEMBER}", "", self.member)
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What an image was built from; ``manifest.json`` beside it."""
+    """What an image was built from; ``manifest.json`` beside it.
+
+    Attributes:
+        files: what of the initramfs is not ours.
+    """
 
     guest: str
     release: str
     cmdline: str
     kernel: Package
-    busybox: Package
+    files: tuple[Package, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +127,17 @@ class GuestImage:
 
 @dataclass(frozen=True, slots=True)
 class _Recipe:
+    """``recipe.toml``.
+
+    Attributes:
+        kernel: a metapackage that depends on the kernel's.
+        packages: path in the initramfs to the package that has the file there, or below /usr.
+        files: path in the initramfs to a file beside the recipe.
+    """
+
     kernel: str
-    busybox: str
     cmdline: str
+    packages: dict[str, str]
     files: dict[str, str]
 
 
@@ -191,7 +209,7 @@ def verify(image: GuestImage, *, recipes: Path = RECIPES_DIR) -> Manifest:
     """Show that what is booted is what Debian's packages hold.
 
     The .deb files must have the SHA-256 that apt's index gave, the kernel must be the package's
-    byte for byte, and the initramfs must be exactly the package's busybox and the recipe's files.
+    byte for byte, and the initramfs must be exactly the packages' files and the recipe's.
 
     Returns:
         The manifest; each SHA-256 in it has been computed anew.
@@ -202,11 +220,12 @@ def verify(image: GuestImage, *, recipes: Path = RECIPES_DIR) -> Manifest:
     image_dir = image.kernel.parent
     recipe_dir = recipes / image.name
     try:
-        kernel, busybox = (
-            _packaged_file(image_dir, package)
-            for package in (image.manifest.kernel, image.manifest.busybox)
-        )
-        initramfs = _initramfs(busybox, recipe_dir, _read_recipe(recipe_dir))
+        recipe = _read_recipe(recipe_dir)
+        kernel = _packaged_file(image_dir, image.manifest.kernel)
+        packaged = {one.path: _packaged_file(image_dir, one) for one in image.manifest.files}
+        if packaged.keys() != recipe.packages.keys():
+            raise _damaged(image_dir, "manifest.json does not have the files of the recipe")
+        initramfs = _initramfs(packaged, recipe_dir, recipe)
         _require_sha256(image.kernel, image.kernel.read_bytes(), _sha256(kernel))
         _require_sha256(image.initrd, image.initrd.read_bytes(), _sha256(initramfs))
     except OSError as error:
@@ -263,11 +282,20 @@ def _build(
     if depends is None:
         raise ImageError(f"{meta.name} {meta.version} depends on no kernel: {meta.depends!r}")
     kernel_entry = _resolve(depends[1], version=depends[2])
-    kernel, vmlinuz = _fetch(kernel_entry, _KERNEL_MEMBER, build_dir, progress)
-    busybox, busybox_data = _fetch(_resolve(recipe.busybox), _BUSYBOX_MEMBER, build_dir, progress)
-    manifest = Manifest(name, _release(), recipe.cmdline, kernel, busybox)
+    _fetch(kernel_entry, build_dir, progress)
+    kernel, vmlinuz = _take(kernel_entry, _KERNEL_MEMBER, build_dir)
+    entries = {package: _resolve(package) for package in sorted(set(recipe.packages.values()))}
+    for entry in entries.values():
+        _fetch(entry, build_dir, progress)
+    taken = [
+        _take(entries[package], _ROOT_MEMBER + re.escape(path), build_dir)
+        for path, package in sorted(recipe.packages.items())
+    ]
+    packaged = {package.path: data for package, data in taken}
+    files = tuple(package for package, _data in taken)
+    manifest = Manifest(name, _release(), recipe.cmdline, kernel, files)
     (build_dir / "vmlinuz").write_bytes(vmlinuz)
-    (build_dir / "initrd").write_bytes(_initramfs(busybox_data, recipe_dir, recipe))
+    (build_dir / "initrd").write_bytes(_initramfs(packaged, recipe_dir, recipe))
     encoded = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
     (build_dir / "manifest.json").write_bytes(encoded + b"\n")
 
@@ -310,10 +338,8 @@ def _compare_versions(a: _IndexEntry, b: _IndexEntry) -> int:
     return 1 if newer.returncode == 0 else -1
 
 
-def _fetch(
-    entry: _IndexEntry, member: str, build_dir: Path, progress: Progress
-) -> tuple[Package, bytes]:
-    """Download a package and read the file out of it whose path matches `member`."""
+def _fetch(entry: _IndexEntry, build_dir: Path, progress: Progress) -> None:
+    """Download a package."""
     progress(f"fetch {entry.name} {entry.version}")
     # apt would warn that its own user cannot write here; it has authenticated the index anyway.
     no_sandbox = ("-o", "APT::Sandbox::User=root")
@@ -323,7 +349,11 @@ def _fetch(
     deb = downloaded.rename(build_dir / f"{entry.name}.deb")
     if _sha256(deb.read_bytes()) != entry.sha256:
         raise ImageError(f"{wanted} is not the package in apt's index", hint=_APT_HINT)
-    path, data = _member(deb, member)
+
+
+def _take(entry: _IndexEntry, member: str, build_dir: Path) -> tuple[Package, bytes]:
+    """Read the file out of a package that was fetched whose path matches `member`."""
+    path, data = _member(build_dir / f"{entry.name}.deb", member)
     return Package(entry.name, entry.version, entry.sha256, path, _sha256(data)), data
 
 
@@ -353,10 +383,11 @@ def _member(deb: Path, pattern: str) -> tuple[str, bytes]:
     raise ImageError(f"{deb.name} has no file {pattern}")
 
 
-def _initramfs(busybox: bytes, recipe_dir: Path, recipe: _Recipe) -> bytes:
-    """Build the initramfs: busybox, its shell's name, and the recipe's files."""
-    files = {"bin/busybox": busybox}
-    files |= {path: (recipe_dir / file).read_bytes() for path, file in recipe.files.items()}
+def _initramfs(packaged: dict[str, bytes], recipe_dir: Path, recipe: _Recipe) -> bytes:
+    """Build the initramfs: the packages' files, busybox's name as a shell, the recipe's files."""
+    files = packaged | {
+        path: (recipe_dir / file).read_bytes() for path, file in recipe.files.items()
+    }
     directories = {str(parent) for path in files for parent in Path(path).parents} - {"."}
     entries = [_cpio_entry(path, stat.S_IFDIR | 0o755) for path in sorted(directories)]
     entries.append(_cpio_entry("bin/sh", stat.S_IFLNK | 0o777, b"busybox"))
@@ -367,7 +398,7 @@ def _initramfs(busybox: bytes, recipe_dir: Path, recipe: _Recipe) -> bytes:
 def _cpio_entry(path: str, mode: int, data: bytes = b"") -> bytes:
     """Return one member of a newc archive, the same bytes for the same input.
 
-    Uncompressed, as the kernel takes it: two megabytes are not worth unpacking under TCG. Source:
+    Uncompressed, as the kernel takes it: four megabytes are not worth unpacking under TCG. Source:
     Documentation/driver-api/early-userspace/buffer-format.rst in Linux.
     """
     name = path.encode() + b"\0"

@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -29,16 +28,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
+from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
-from mktme.datapath.uffd import require_write_tracking
+from mktme.datapath.uffd import require_fault_handling, require_write_tracking
+from mktme.datapath.window import Policy
+from mktme.engine.firmware import PlatformConfig
 from mktme.engine.keys import KeyMode
-from mktme.engine.xts import PAGE_BYTES, Algorithm
+from mktme.engine.xts import LINE_BYTES, PAGE_BYTES, Algorithm
 from mktme.service import wire
-from mktme.service.client import EngineClient, EngineProcess, ServiceError
+from mktme.service.client import EngineClient, EngineGoneError, EngineProcess, ServiceError
+from mktme.service.server import CONTROL_SOCKET
 from mktme.vm.console import VmError
-from mktme.vm.domain import Domain, DomainSpec, ram_below_4g
+from mktme.vm.domain import Domain, DomainSpec, guest_physical, ram_below_4g
 from mktme.vm.host import EMULATOR, EnvironmentUnfitError, Host, UsageError, plugin_path
 from mktme.vm.images import GuestImage
+from mktme.vm.pages import GuestPages, assign_pages
 from mktme.vm.reaper import process_dir
 
 log = logging.getLogger(__name__)
@@ -46,12 +50,12 @@ log = logging.getLogger(__name__)
 BOOT_TIMEOUT_S: Final = 120.0
 LINK_TIMEOUT_S: Final = 20.0
 _LIVENESS_S: Final = 0.5
+# An instruction and its operands, page tables, and a device's buffers at once, many times over.
+MIN_WINDOW_BYTES: Final = 4 << 20
 MIN_MEMORY_BYTES: Final = 192 << 20  # with less, Linux has too little left for the workload
 REGION_ALIGN_BYTES: Final = 2 << 20
 # libvirt gives x86 guests their memory in steps of 1 MiB (qemuDomainGetMemorySizeAlignment).
 _MEMORY_STEP_BYTES: Final = 1 << 20
-_SIZE: Final = re.compile(r"(\d+)([KMG]?)(?:i?B)?", re.I)
-_UNITS: Final = {"": 0, "K": 10, "M": 20, "G": 30}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +66,35 @@ class VmConfig:
         image: what it boots.
         memory_bytes: its RAM.
         vcpus: how many.
-        track: the shadow data path's trackers; None for plain QEMU without plugin or engine.
+        datapath: how its memory reaches the engine.
+        track: `shadow`: what tells of writes, None for plain QEMU without plugin or engine.
+            `inline`: stores, to count them, or None.
+        window_bytes: `inline`: the most plaintext there may be; None for a quarter of its RAM.
+        policy: `inline`: which pages leave a full window.
         algorithm: of its KeyID.
         mode: how its KeyID is programmed.
         key_file: the known key, for `KeyMode.DIRECT`.
+        pages: ranges of its pages that are under another KeyID than its own.
         check_tlb: have the plugin compare each translation it caches with QEMU's.
     """
 
     image: GuestImage
     memory_bytes: int = 512 << 20
     vcpus: int = 1
+    datapath: DataPath = DataPath.SHADOW
     track: Track | None = Track.STORES_AND_PAGES
+    window_bytes: int | None = None
+    policy: Policy = Policy.TWO_QUEUES
     algorithm: Algorithm = Algorithm.AES_XTS_128
     mode: KeyMode = KeyMode.RANDOM
     key_file: Path | None = None
+    pages: tuple[GuestPages, ...] = ()
     check_tlb: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether it runs without plugin and engine."""
+        return self.datapath is DataPath.SHADOW and self.track is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +129,19 @@ class Vm:
             engine.flush(self.uuid)
             yield engine
 
+    def assign(self, pages: GuestPages) -> int:
+        """Give some of its pages to another KeyID, running or held; returns which.
+
+        Raises:
+            UsageError: the range is not whole pages of its RAM.
+            ServiceError: the engine refuses.
+        """
+        engine = self.require_engine()
+        keyid = assign_pages(
+            engine, self.uuid, pages, self.config.memory_bytes, self.config.algorithm
+        )
+        return self.keyid if keyid is None else keyid
+
     def status(self) -> wire.VmStatus:
         """The engine's view of this VM."""
         return vm_status(self.require_engine(), self.uuid)
@@ -135,8 +166,10 @@ class Platform:
 
     Args:
         dram_bytes: size of its DRAM.
+        config: what its firmware sets up; the size of DRAM there is not looked at.
         dram: where to keep the DRAM image; None for a file that goes with the platform.
         connect: a libvirt URI in place of the embedded driver.
+        shared_ownership: let other processes of this user program keys, too.
         notice: called with a line for the user when something is not as asked for.
     """
 
@@ -144,11 +177,15 @@ class Platform:
         self,
         dram_bytes: int,
         *,
+        config: PlatformConfig | None = None,
+        shared_ownership: bool = False,
         dram: Path | None = None,
         connect: str | None = None,
         notice: Callable[[str], None] = lambda _line: None,
     ) -> None:
         self._dram_bytes = dram_bytes
+        self._config = config
+        self._shared_ownership = shared_ownership
         self._dram = dram
         self._connect = connect
         self._notice = notice
@@ -156,7 +193,10 @@ class Platform:
         self._linked: set[uuid.UUID] = set()
         self._domains: dict[uuid.UUID, Domain] = {}
         self._faults: dict[uuid.UUID, str] = {}
+        self.poisoned: list[wire.PagePoisoned] = []
+        """What was found in DRAM that does not match its MAC, in this order."""
         self._aborted = False
+        self._gone = False
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -165,7 +205,13 @@ class Platform:
             self.host = stack.enter_context(Host(self._connect))
             self.dram_path = (self._dram or self.run_dir / "dram.img").absolute()
             require_disk(self.dram_path.parent, self._dram_bytes)
-            process = EngineProcess(self.run_dir, self.dram_path, self._dram_bytes)
+            process = EngineProcess(
+                self.run_dir,
+                self.dram_path,
+                self._dram_bytes,
+                platform=self._config,
+                shared_ownership=self._shared_ownership,
+            )
             self._process = stack.enter_context(process)
             self.engine = self._process.client
             watcher = threading.Thread(target=self._watch, name="mktme-events", daemon=True)
@@ -180,6 +226,26 @@ class Platform:
     def engine_pid(self) -> int:
         """The engine's process."""
         return self._process.process.pid
+
+    @property
+    def control_socket(self) -> Path:
+        """Where others can connect to the engine (`mktme.vm.running`)."""
+        return self.run_dir / CONTROL_SOCKET
+
+    def wait_for_trouble(self) -> None:
+        """Wait, with every VM launched, until the engine or one of them ends.
+
+        Raises:
+            EngineGoneError: the engine ended.
+            VmError: a VM did.
+        """
+        with self._changed:
+            while (lost := self._unlinked()) is None and not self._gone:
+                self._changed.wait()
+        if lost is None:
+            raise EngineGoneError("the engine is gone")
+        fault = self.fault(lost.spec.uuid)
+        raise VmError(lost.reason(f"{lost.label}: {fault or 'its QEMU ended'}"))
 
     @contextlib.contextmanager
     def launch(self, config: VmConfig, name: str = "guest", *, boot: bool = True) -> Iterator[Vm]:
@@ -196,8 +262,10 @@ class Platform:
             VmError: it did not come up.
         """
         check_config(config)
-        config = self._supported(config)
-        if config.track is not None and config.track.pages:
+        config = _with_window(self._supported(config))
+        if config.datapath is DataPath.INLINE:
+            require_fault_handling()
+        elif config.track is not None and config.track.pages:
             require_write_tracking()
         require_memory(config.memory_bytes)
         one = uuid.uuid4()
@@ -205,7 +273,7 @@ class Platform:
         with contextlib.ExitStack() as stack:
             vm_fields = {}
             plugin = None
-            if config.track is not None:
+            if not config.plain:
                 added = self.engine.add_vm(
                     one,
                     name=name,
@@ -214,10 +282,15 @@ class Platform:
                     algorithm=config.algorithm,
                     mode=config.mode,
                     key_file=config.key_file,
+                    datapath=config.datapath,
+                    window_bytes=config.window_bytes,
+                    policy=config.policy,
                 )
                 stack.callback(self._forget, one)
+                for pages in config.pages:
+                    assign_pages(self.engine, one, pages, config.memory_bytes, config.algorithm)
                 vm_fields = {"keyid": added.keyid, "base": added.base}
-                plugin = self._plugin_argument(one, config, config.track)
+                plugin = self._plugin_argument(one, config)
             spec = DomainSpec(
                 name=unique,
                 uuid=one,
@@ -227,6 +300,7 @@ class Platform:
                 console_socket=self.run_dir / f"{one.hex[:8]}.console",
                 emulator=EMULATOR,
                 plugin=plugin,
+                inline=config.datapath is DataPath.INLINE,
             )
             transcript = self.run_dir / f"{unique}.log"
             domain = stack.enter_context(Domain(self.host, spec, transcript, label=name))
@@ -239,7 +313,7 @@ class Platform:
             if self._aborted:
                 raise VmError(f"{unique} is not wanted any more")
             engine = None
-            if config.track is not None:
+            if not config.plain:
                 engine = self.engine
                 self._wait_linked(one, domain)
                 domain.check_guest_map(vm_status(engine, one).segments)
@@ -279,14 +353,16 @@ class Platform:
             f"QEMU {self.host.qemu_version[0]} can abort when the stores tracker watches"
             f" {config.vcpus} vCPUs; tracking by pages alone"
         )
-        return dataclasses.replace(config, track=Track.PAGES)
+        fallback = Track.PAGES if config.datapath is DataPath.SHADOW else None
+        return dataclasses.replace(config, track=fallback)
 
-    def _plugin_argument(self, one: uuid.UUID, config: VmConfig, track: Track) -> str:
+    def _plugin_argument(self, one: uuid.UUID, config: VmConfig) -> str:
         path = plugin_path(self.host.plugin_api)
         options = {
             "socket": self.engine.welcome.link_socket,
             "vm": str(one),
-            "track": track.value,
+            "datapath": config.datapath.value,
+            "track": "off" if config.track is None else config.track.value,
             "ram-below-4g": str(ram_below_4g(config.memory_bytes)),
             "check-tlb": "on" if config.check_tlb else "off",
         }
@@ -313,11 +389,19 @@ class Platform:
         while (event := self.engine.events.get()) is not None:
             with self._changed:
                 self._note(event)
+            if isinstance(event, wire.PagePoisoned):
+                # QEMU answers only when the guest goes on, which other events may be needed for.
+                threading.Thread(
+                    target=self._machine_check, args=(event,), name="mktme-mce", daemon=True
+                ).start()
             if isinstance(event, wire.DramFull | wire.DramCaughtUp):
                 with contextlib.suppress(VmError):  # it ended by itself meanwhile
                     self._hold_or_release(event)
             with self._changed:
                 self._changed.notify_all()
+        with self._changed:
+            self._gone = True
+            self._changed.notify_all()
 
     def _note(self, event: wire.Event) -> None:
         match event:
@@ -328,10 +412,37 @@ class Platform:
             case wire.LinkRefused(reason=reason):
                 # Its QEMU says so too, and ends; from a stranger it is none of our VMs' business.
                 log.info("the engine refused a plugin: %s", reason)
+            case wire.PagePoisoned():
+                self.poisoned.append(event)
             case wire.DramCaughtUp(vm=one):
                 self._faults.pop(one, None)
             case wire.DramFull(vm=one, message=message) | wire.VmFault(vm=one, message=message):
                 self._faults[one] = message
+
+    def _unlinked(self) -> Domain | None:
+        """A domain that the engine is to follow and does not."""
+        for one, domain in self._domains.items():
+            if domain.spec.plugin is not None and one not in self._linked:
+                return domain
+        return None
+
+    def _machine_check(self, event: wire.PagePoisoned) -> None:
+        """A line does not match its MAC: the guest gets a machine check, then the page."""
+        with self._changed:
+            domain = self._domains.get(event.vm)
+        if domain is None:
+            return  # it is gone, or never was: who waits for the page waits
+        line = (event.lines & -event.lines).bit_length() - 1
+        address = guest_physical(event.ram_offset, domain.spec.memory_bytes) + line * LINE_BYTES
+        self._notice(
+            f"{domain.label}: memory at {address:#x} (KeyID {event.keyid}) is not what was written"
+            " there: machine check"
+        )
+        with contextlib.suppress(VmError, ServiceError):  # it ended meanwhile
+            domain.machine_check(
+                address,
+                on_its_way=lambda: self.engine.release_page(event.vm, event.ram_offset),
+            )
 
     def _hold_or_release(self, event: wire.DramFull | wire.DramCaughtUp) -> None:
         with self._changed:
@@ -346,18 +457,6 @@ class Platform:
             self._notice(f"{domain.label} goes on: all it wrote is in DRAM")
 
 
-def parse_size(text: str) -> int:
-    """Bytes, from sizes as people write them: 512M, 4G, 786432K, or plain bytes.
-
-    Raises:
-        UsageError: it is no such size.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise UsageError(f"{text!r} is not a size", hint="write it as 512M or 4G")
-    return int(match[1]) << _UNITS[match[2].upper()]
-
-
 def check_config(config: VmConfig) -> None:
     """Check what a guest is asked to be before anything is started.
 
@@ -367,6 +466,38 @@ def check_config(config: VmConfig) -> None:
     check_sizes(config.memory_bytes, config.vcpus)
     if (config.mode is KeyMode.DIRECT) != (config.key_file is not None):
         raise UsageError("a known key and key mode direct go together")
+    check_data_path(config.datapath, config.track, config.window_bytes, config.memory_bytes)
+    for pages in config.pages:
+        pages.ram_offset(config.memory_bytes)
+    if config.pages and config.plain:
+        raise UsageError("pages of a plain guest have no KeyIDs")
+
+
+def check_data_path(
+    datapath: DataPath, track: Track | None, window_bytes: int | None, memory_bytes: int
+) -> None:
+    """Check a guest's data path, as `check_config` does."""
+    if datapath is DataPath.SHADOW:
+        if window_bytes is not None:
+            raise UsageError("the shadow data path has no window", hint="--datapath inline")
+        return
+    if track is not None and track is not Track.STORES:
+        raise UsageError(
+            "the inline data path needs no page tracker", hint="--track stores, or leave it out"
+        )
+    if window_bytes is not None and (
+        window_bytes % PAGE_BYTES or not MIN_WINDOW_BYTES <= window_bytes <= memory_bytes
+    ):
+        raise UsageError(
+            f"a window of {window_bytes} bytes",
+            hint=f"whole pages, {MIN_WINDOW_BYTES >> 20}M to all of the guest's memory",
+        )
+
+
+def _with_window(config: VmConfig) -> VmConfig:
+    if config.datapath is DataPath.SHADOW or config.window_bytes is not None:
+        return config
+    return dataclasses.replace(config, window_bytes=config.memory_bytes // 4)
 
 
 def check_sizes(memory_bytes: int, vcpus: int) -> None:

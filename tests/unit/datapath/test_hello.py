@@ -17,7 +17,17 @@ from hypothesis import strategies as st
 from mktme.datapath import link
 from mktme.datapath.link import Hello, LinkError, RamBlock, Segment, decode_hello, encode_answer
 
-from ..fake_qemu import GIB, PAGE, PAGES, STORES, Answer, HelloFields, parse_answer, small_hello
+from ..fake_qemu import (
+    FAULTS,
+    GIB,
+    PAGE,
+    PAGES,
+    STORES,
+    Answer,
+    HelloFields,
+    parse_answer,
+    small_hello,
+)
 
 # 4 GiB of RAM on q35: 2 GiB at 0, the rest above the PCI hole.
 SPLIT = HelloFields(
@@ -32,6 +42,7 @@ TWO_BLOCKS = HelloFields(
     blocks=((0x7F00_0020_0000, 2 * PAGE), (0x7F00_0010_0000, 3 * PAGE)),
     segments=((0, 0, PAGE), (PAGE, PAGE, 3 * PAGE), (4 * GIB, 4 * PAGE, PAGE)),
 )
+INLINE = HelloFields(capabilities=STORES | FAULTS)
 LINK_PROTOCOL_H = Path(__file__).parents[3] / "qemu-plugin" / "link_protocol.h"
 
 
@@ -58,7 +69,15 @@ def test_blocks_follow_each_other_in_ram_offsets() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "descriptors"), [(STORES, 2), (PAGES, 3), (STORES | PAGES, 4), (0, 1)]
+    ("capabilities", "descriptors"),
+    [
+        (STORES, 2),
+        (PAGES, 3),
+        (STORES | PAGES, 4),
+        (FAULTS, 2),
+        (STORES | FAULTS, 3),
+        (0, 1),
+    ],
 )
 def test_each_tracker_brings_its_descriptors(capabilities: int, descriptors: int) -> None:
     hello = decode_hello(small_hello(capabilities=capabilities))
@@ -103,7 +122,15 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "total too large": ({"total_bytes": 2**32 - 1}, "104 expected"),
     "large pages": ({"page_bytes": 16384}, "page size"),
     "reserved": ({"reserved": 1}, "reserved"),
-    "unknown capability": ({"capabilities": 4}, "unknown capabilities"),
+    "unknown capability": ({"capabilities": 8}, "unknown capabilities"),
+    "pages tracked and faults served": (
+        {"capabilities": STORES | PAGES | FAULTS},
+        "tracked and faults served, both at once",
+    ),
+    "pagemap beside faults": (
+        {"capabilities": FAULTS, "descriptor_count": 3},
+        "3 descriptors, 2 expected",
+    ),
     "no vCPU": ({"vcpus": 0}, "0 vCPUs"),
     "too many vCPUs": ({"vcpus": 4097}, "4097 vCPUs"),
     "no descriptors": ({"descriptor_count": 0}, "0 descriptors, 4 expected"),
@@ -201,6 +228,7 @@ def decode_or_refuse(message: bytes) -> Hello | None:
     spans = sorted((one.host_address, one.size_bytes) for one in hello.blocks)
     assert all(low + size <= high for (low, size), (high, _) in pairwise(spans))
     assert 1 <= hello.descriptor_count <= link.MAX_DESCRIPTORS
+    assert hello.capabilities & (PAGES | FAULTS) != PAGES | FAULTS
     return hello
 
 
@@ -211,7 +239,7 @@ def test_any_bytes_are_a_hello_or_refused(message: bytes) -> None:
 
 
 @given(
-    good=st.sampled_from([HelloFields(), SPLIT, TWO_BLOCKS]),
+    good=st.sampled_from([HelloFields(), SPLIT, TWO_BLOCKS, INLINE]),
     edits=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 255)), min_size=1, max_size=8),
     cut=st.integers(0, 24),
     more=st.binary(max_size=24),
@@ -237,7 +265,7 @@ NUMBERS = st.one_of(
 @given(
     blocks=st.lists(st.tuples(NUMBERS, NUMBERS), max_size=4),
     segments=st.lists(st.tuples(NUMBERS, NUMBERS, NUMBERS), max_size=4),
-    capabilities=st.integers(0, 4),
+    capabilities=st.integers(0, 8),
 )
 def test_any_ranges_are_a_hello_or_refused(
     blocks: list[tuple[int, int]], segments: list[tuple[int, int, int]], capabilities: int
@@ -279,4 +307,6 @@ def test_limits_are_those_of_the_plugin() -> None:
     assert link.CAPABILITY_STORES == STORES == 1
     assert defined["MKTME_CAPABILITY_PAGES"] == "(1u << 1)"
     assert link.CAPABILITY_PAGES == PAGES == 2
+    assert defined["MKTME_CAPABILITY_FAULTS"] == "(1u << 2)"
+    assert link.CAPABILITY_FAULTS == FAULTS == 4
     assert len(encode_answer("x" * 1000)) == 16 + int(defined["MKTME_MAX_REASON_BYTES"])

@@ -17,10 +17,10 @@ from mktme.datapath.shadow import DrainPacer, ShadowDataPath, Track
 from mktme.engine.controller import BATCH_PAGES, MemoryController
 from mktme.engine.dram import Dram
 from mktme.engine.errors import DramFullError
-from mktme.engine.keys import KeyTable
 from mktme.engine.xts import Algorithm
 
 from ..conftest import MakeQemu
+from ..engine.conftest import activated
 from ..fake_qemu import LINE, PAGE, FakeQemu, punch_hole
 
 MIB = 1 << 20
@@ -58,7 +58,7 @@ class Shadow:
         self.dram.space_bytes = 1 << 40
         self.dram.allocate(PAGE)
         self.region = self.dram.allocate(qemu.ram_bytes)
-        keys = KeyTable()
+        keys = activated()
         keys.program_random(KEYID, Algorithm.AES_XTS_128)
         self.controller = MemoryController(self.dram, keys)
         self.controller.assign(self.region.base, self.region.size_bytes, KEYID)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import gc
 import os
 import socket
@@ -26,6 +27,7 @@ from ..fake_qemu import (
     FakeQemu,
     make_store_map,
     punch_hole,
+    small_hello,
 )
 
 RAM, UFFD, PAGEMAP, STORE_MAP = range(4)
@@ -36,6 +38,13 @@ def open_descriptors() -> set[str]:
     gc.collect()  # what earlier tests left to it would be closed at any moment
     # Less the one that the listing itself needed.
     return {one for one in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{one}")}
+
+
+@pytest.fixture
+def inline(fault_handling: None) -> Iterator[FakeQemu]:
+    """A VM whose faults are served, in two blocks, with a store map."""
+    with FakeQemu((PAGES // 2, PAGES // 2), faults=True) as qemu:
+        yield qemu
 
 
 def link_to(qemu: FakeQemu) -> VmLink:
@@ -67,6 +76,38 @@ def test_link_has_what_its_trackers_need(make_qemu: MakeQemu, track: Track) -> N
         assert (link.counters() is not None) == track.stores
         assert (link.pagemap is not None) == track.pages
         assert link.ram_pages == PAGES
+
+
+def test_link_of_served_faults_has_its_userfaultfd(inline: FakeQemu, qemu: FakeQemu) -> None:
+    def target(link: VmLink) -> str | None:
+        if link.userfaultfd is None:
+            return None
+        return os.readlink(f"/proc/self/fd/{link.userfaultfd}")
+
+    before = open_descriptors()
+    link = link_to(inline)
+    assert target(link) == "anon_inode:[userfaultfd]"
+    assert link.pagemap is None
+    assert link.store_map is not None
+    link.close()
+    assert target(link) is None
+    assert open_descriptors() == before
+    with closing(link_to(qemu)) as tracked:  # the control
+        assert target(tracked) is None
+
+
+@pytest.mark.parametrize("make", ["null", "pagemap"])
+def test_faults_come_from_nothing_but_a_userfaultfd(
+    inline: FakeQemu, tmp_path: Path, make: str
+) -> None:
+    other = null(tmp_path) if make == "null" else proc_file("self/pagemap")(tmp_path)
+    before = open_descriptors()
+    descriptors = inline.dups()
+    os.dup2(other, descriptors[2])
+    with pytest.raises(LinkError, match=r"should be anon_inode:\[userfaultfd\] is /"):
+        VmLink(decode_hello(inline.hello.encode()), descriptors, os.getpid())
+    assert open_descriptors() == before
+    os.close(other)
 
 
 def null(_directory: Path) -> int:
@@ -240,6 +281,89 @@ def test_holes_are_of_the_pages_asked_for(make_qemu: MakeQemu) -> None:
         assert link.holes(0, 8) == [(4, 5)]
 
 
+def test_runs_of_data_are_what_holes_are_not(make_qemu: MakeQemu) -> None:
+    qemu = make_qemu(4, 4)
+    with closing(link_to(qemu)) as link:
+        assert link.runs_of_data() == []
+        for page in (0, 2, 3, 4, 6):
+            qemu.dma(page * PAGE, b"x")
+        assert link.runs_of_data() == [(0, 1), (2, 5), (6, 7)]
+        qemu.dma(7 * PAGE, b"x")
+        assert link.runs_of_data() == [(0, 1), (2, 5), (6, 8)]
+        for page in range(8):
+            qemu.dma(page * PAGE, b"x")
+        assert link.runs_of_data() == [(0, 8)]
+
+
+def test_punched_pages_are_no_memory_any_more(make_qemu: MakeQemu) -> None:
+    qemu = make_qemu(4, 4)
+    with closing(link_to(qemu)) as link:
+        assert link.allocated_bytes() == 0
+        for page in range(8):
+            qemu.dma(page * PAGE, b"x")
+        assert link.allocated_bytes() == 8 * PAGE
+        link.punch(1, 1)
+        link.punch(3, 3)  # over the blocks' border
+        assert link.runs_of_data() == [(0, 1), (2, 3), (6, 8)]
+        assert link.allocated_bytes() == 4 * PAGE
+        assert qemu.contents()[: 4 * PAGE : PAGE] == b"x\0x\0"
+        link.punch(1, 1)  # a hole stays one
+        link.punch(0, 0)
+        assert link.allocated_bytes() == 4 * PAGE
+
+
+@pytest.mark.parametrize(("first", "count"), [(-1, 1), (PAGES, 1), (PAGES - 1, 2)])
+def test_pages_that_are_not_there_cannot_be_punched(
+    qemu: FakeQemu, link: VmLink, first: int, count: int
+) -> None:
+    qemu.dma(0, b"x")
+    with pytest.raises(LinkError, match="outside the guest's RAM"):
+        link.punch(first, count)
+    assert link.runs_of_data() == [(0, 1)]
+
+
+def test_sealed_memory_cannot_be_punched() -> None:
+    memfd = os.memfd_create("memory-backend-memfd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(memfd, PAGE)
+    fcntl.fcntl(memfd, 1033, 8)  # F_ADD_SEALS, F_SEAL_WRITE
+    hello = decode_hello(small_hello(capabilities=0))
+    with (
+        closing(VmLink(hello, [memfd], os.getpid())) as link,
+        pytest.raises(LinkError, match="RAM at offset 0x0 stays in memory: Operation not"),
+    ):
+        link.punch(0, 1)
+
+
+def test_pages_and_qemus_addresses_are_each_others(make_qemu: MakeQemu) -> None:
+    qemu = make_qemu(4, 1, 3)
+    with closing(link_to(qemu)) as link:
+        for page in range(8):
+            address = link.host_address(page)
+            assert address == qemu.address(page * PAGE)
+            assert link.page_of(address) == link.page_of(address + PAGE - 1) == page
+        ends = [link.pages_to_block_end(page) for page in range(8)]
+        assert ends == [4, 3, 2, 1, 1, 3, 2, 1]
+        for page in (-1, 8):
+            with pytest.raises(LinkError, match="outside the guest's RAM"):
+                link.host_address(page)
+
+
+def test_addresses_beside_ram_are_no_pages() -> None:
+    hello = decode_hello(
+        small_hello(
+            capabilities=0,
+            blocks=((0x7F00_0020_0000, 2 * PAGE), (0x7F00_0010_0000, PAGE)),
+        )
+    )
+    memfds = [memfd_of(2 * PAGE)(Path()), memfd_of(PAGE)(Path())]
+    with closing(VmLink(hello, memfds, os.getpid())) as link:
+        assert link.page_of(0x7F00_0010_0FFF) == 2
+        assert link.page_of(0x7F00_0020_1FFF) == 1
+        for address in (0, 0x7F00_0010_0000 - 1, 0x7F00_0010_1000, 0x7F00_0020_2000, 2**64 - 1):
+            with pytest.raises(LinkError, match=f"no guest RAM at {address:#x}"):
+                link.page_of(address)
+
+
 @pytest.mark.parametrize(("ram_offset", "size"), [(PAGES * PAGE, 1), (63 * PAGE, PAGE + 1)])
 def test_read_past_the_end_is_refused(link: VmLink, ram_offset: int, size: int) -> None:
     with pytest.raises(LinkError, match="0x40000 is outside the guest's RAM"):
@@ -266,6 +390,10 @@ def test_closed_link_does_nothing(qemu: FakeQemu) -> None:
         link.check_open,
         lambda: read(link, 0, PAGE),
         lambda: link.holes(0, 1),
+        link.runs_of_data,
+        link.allocated_bytes,
+        lambda: link.punch(0, 1),
+        lambda: link.host_address(0),
     ):
         with pytest.raises(LinkError, match="the VM is gone"):
             use()

@@ -29,7 +29,10 @@ from mktme.engine.dram import (
 )
 from mktme.engine.errors import AddressError, DramFullError, KeyIdError
 from mktme.engine.keys import KeyTable
+from mktme.engine.tme import ExclusionRange
 from mktme.engine.xts import Algorithm
+
+from .conftest import activated
 
 MIB = 1 << 20
 PAGES = 512
@@ -64,7 +67,7 @@ class Platform:
         self.dram = SmallDram.create(self.path, DRAM_BYTES)
         self.dram.writes = []
         self.dram.space_bytes = 1 << 40
-        self.keys = KeyTable(keyid_bits=3)
+        self.keys = activated(keyid_bits=3)
         self.keys.program_direct(1, Algorithm.AES_XTS_128, KEY)
         self.keys.program_random(2, Algorithm.AES_XTS_256)
         self.keys.program_no_encrypt(3)
@@ -126,10 +129,21 @@ def test_reference_out_of_range_is_refused(controller: MemoryController) -> None
             controller.reference(keyid, 0)
 
 
-def test_dram_must_fit_below_the_keyid_bits(platform: Platform) -> None:
-    MemoryController(platform.dram, platform.keys, maxphyaddr=24)  # 3 KeyID bits, 21 for 2 MiB
+def test_dram_must_be_addressable(platform: Platform) -> None:
+    MemoryController(platform.dram, platform.keys, maxphyaddr=21)  # 2 MiB
     with pytest.raises(AddressError, match="20 address bits"):
-        MemoryController(platform.dram, platform.keys, maxphyaddr=23)
+        MemoryController(platform.dram, platform.keys, maxphyaddr=20)
+
+
+def test_keyids_take_their_address_bits_once_they_are_activated(platform: Platform) -> None:
+    keys = KeyTable()
+    controller = MemoryController(platform.dram, keys)
+    assert controller.address_bits == 46
+    assert controller.split(1 << 45) == (0, 1 << 45)
+    keys.draw_tme_key(Algorithm.AES_XTS_128)
+    keys.activate(15)
+    assert controller.address_bits == 31
+    assert controller.split(1 << 45) == (1 << 14, 0)
 
 
 def test_pages_are_keyid_0s_until_they_are_assigned(controller: MemoryController) -> None:
@@ -156,6 +170,16 @@ def test_bad_assignment_is_refused(controller: MemoryController) -> None:
     with pytest.raises(AddressError):
         controller.keyid_at(DRAM_BYTES)
     assert len(controller.page_ranges()) == 1
+
+
+def test_reset_gives_every_page_to_keyid_0_and_excludes_none(platform: Platform) -> None:
+    controller = platform.controller
+    controller.assign(0, MIB, 1)
+    controller.exclude(ExclusionRange(mask=0, base=0))
+    controller.reset()
+    assert controller.page_ranges() == (PageRange(base=0, size_bytes=DRAM_BYTES, keyid=0),)
+    controller.update_pages(numbers(5), random_pages(1))
+    assert platform.stored(5) != random_pages(1).tobytes()
 
 
 # --- updates and reads ------------------------------------------------------------------------
@@ -193,6 +217,7 @@ def test_sidecar_and_key_are_enough_to_decrypt_the_image(platform: Platform) -> 
             dram_bytes=platform.dram.size_bytes,
         ),
         keys=platform.keys.describe(),
+        exclusion=None,
         vms=(),
         pages=platform.controller.page_ranges(),
     )
@@ -231,6 +256,36 @@ def test_keyid_3_is_not_encrypted(platform: Platform) -> None:
     platform.controller.update_pages(numbers(0), plaintext)
     assert platform.stored(0) == plaintext.tobytes()
     assert np.array_equal(platform.controller.read_pages(0, 1), plaintext)
+
+
+def test_exclusion_is_exact_and_of_keyid_0_alone(platform: Platform) -> None:
+    """Pages 4 to 7 are excluded; KeyID 4 has the TME key, and is no KeyID 0 all the same."""
+    controller = platform.controller
+    controller.exclude(ExclusionRange(mask=(1 << 46) - 4 * 4096, base=4 * 4096))
+    plaintext = random_pages(12)
+    flipped = plaintext ^ np.uint64(1)
+    for keyid in range(5):
+        controller.assign(0, 12 * 4096, keyid)
+        assert controller.update_pages(np.arange(12), plaintext).all()
+        in_plaintext = [
+            page for page in range(12) if platform.stored(page) == plaintext[page].tobytes()
+        ]
+        assert in_plaintext == {0: [4, 5, 6, 7], 3: list(range(12))}.get(keyid, [])
+        assert np.array_equal(controller.read_pages(0, 12), plaintext)
+        # Single lines go another way.
+        controller.update_pages(np.arange(12), flipped, masks(*[2] * 12))
+        line_in_plaintext = platform.stored(5)[64:128] == flipped[5, 8:16].tobytes()
+        assert line_in_plaintext == (keyid in (0, 3))
+
+
+def test_without_the_exclusion_its_plaintext_is_decrypted_to_garbage(
+    controller: MemoryController,
+) -> None:
+    controller.exclude(ExclusionRange(mask=(1 << 46) - 4096, base=0))
+    controller.update_pages(numbers(0), random_pages(1))
+    assert np.array_equal(controller.read_pages(0, 1), random_pages(1))
+    controller.exclude(None)
+    assert (controller.read_pages(0, 1) != random_pages(1)).all()
 
 
 def test_keyids_may_differ_within_a_batch(controller: MemoryController) -> None:
@@ -373,7 +428,7 @@ def test_really_full_file_system_then_space(tmp_path: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path], check=True)
     try:
         with Dram.create(tmp_path / "dram", DRAM_BYTES) as dram:
-            controller = MemoryController(dram, KeyTable())
+            controller = MemoryController(dram, activated())
             plaintext = random_pages(BATCH_PAGES)
             pages = np.arange(BATCH_PAGES)
             with pytest.raises(DramFullError):

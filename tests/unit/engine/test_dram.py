@@ -21,11 +21,13 @@ import pytest
 from mktme.engine.dram import (
     Dram,
     GuestSegment,
+    IntegrityRecord,
     PageRange,
     PlatformRecord,
     Region,
     Sidecar,
     VmRecord,
+    mac_path,
     read_sidecar,
     sidecar_path,
     write_sidecar,
@@ -148,6 +150,100 @@ def test_really_full_file_system(tmp_path: Path) -> None:
             assert read(dram, 4096 + fitted, 64) == bytes(64)
     finally:
         subprocess.run(["umount", tmp_path], check=True)
+
+
+# --- the MAC area -----------------------------------------------------------------------------
+
+
+def test_mac_area_is_sparse_private_and_beside_the_image(dram: Dram, image: Path) -> None:
+    area = mac_path(image)
+    assert area == image.with_name("dram.mac")
+    status = area.stat()
+    assert status.st_size == 8 * MIB // 16
+    assert status.st_blocks == 0
+    assert status.st_mode & 0o777 == 0o600
+    before = dram.has_macs
+    dram.write_macs(5 * MIB + 64, b"two MACs")
+    assert (before, dram.has_macs) == (False, True)
+    assert area.read_bytes()[5 * MIB // 16 + 4 :].startswith(b"two MACs\0")
+    entries = np.zeros(4, np.uint32)
+    dram.read_macs_into(5 * MIB, entries.data)
+    assert entries.tobytes() == bytes(4) + b"two MACs" + bytes(4)
+    assert read(dram, 0, 8 * MIB) == bytes(8 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("address", "size_bytes"), [(-64, 4), (8 * MIB, 4), (8 * MIB - 64, 8), (0, MIB // 2 + 4)]
+)
+def test_macs_of_a_range_outside_are_refused(dram: Dram, address: int, size_bytes: int) -> None:
+    with pytest.raises(AddressError):
+        dram.read_macs_into(address, bytearray(size_bytes))
+    with pytest.raises(AddressError):
+        dram.write_macs(address, bytes(size_bytes))
+    assert not dram.has_macs
+
+
+def test_full_mac_area_names_the_line(dram: Dram, monkeypatch: pytest.MonkeyPatch) -> None:
+    pwrite = os.pwrite
+
+    def full_after_an_entry(fd: int, data: memoryview, offset: int) -> int:
+        if offset != 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(fd, data[:4], offset)
+
+    monkeypatch.setattr(os, "pwrite", full_after_an_entry)
+    with pytest.raises(DramFullError, match=r"dram\.mac: cannot write at 0x8: ") as caught:
+        dram.write_macs(64, bytes(12))
+    assert caught.value.address == 128
+
+
+def test_mac_area_cut_short_is_an_error(dram: Dram, image: Path) -> None:
+    os.truncate(mac_path(image), 4096)
+    with pytest.raises(DramError, match=r"dram\.mac: cut short at 0x1000"):
+        dram.read_macs_into(4096 * 16, bytearray(4))
+
+
+def test_existing_mac_area_is_kept_unless_asked(image: Path) -> None:
+    mac_path(image).write_bytes(b"precious")
+    with pytest.raises(DramError, match=r"dram\.mac: exists") as caught:
+        Dram.create(image, MIB)
+    assert "remove it" in str(caught.value.hint)
+    assert mac_path(image).read_bytes() == b"precious"
+    assert not image.exists()
+    with Dram.create(image, MIB, overwrite=True) as dram:
+        entries = bytearray(8)
+        dram.read_macs_into(0, entries)
+        assert entries == bytes(8)
+
+
+def test_image_needs_its_macs(dram: Dram, image: Path) -> None:
+    dram.close()
+    with Dram.open(image, read_only=False) as writer:
+        writer.write_macs(0, b"MACs")
+    with Dram.open(image) as reader:
+        assert reader.has_macs
+        with pytest.raises(DramError, match="cannot write"):
+            reader.write_macs(0, b"MACs")
+    os.truncate(mac_path(image), 64)
+    with pytest.raises(DramError, match="64 bytes are not the MACs of 8388608 bytes of DRAM"):
+        Dram.open(image)
+    mac_path(image).unlink()
+    with pytest.raises(DramError, match=r"dram\.mac: No such file"):
+        Dram.open(image)
+    mac_path(image).symlink_to(image)
+    with pytest.raises(DramError, match="symbolic link"):
+        Dram.open(image, read_only=False)
+
+
+def test_erased_region_has_no_macs(dram: Dram, image: Path) -> None:
+    region = dram.allocate(MIB)
+    dram.write_macs(0, b"MACs" * (MIB // 64 + 1))
+    dram.free(region)
+    assert dram.allocate(MIB) == region
+    found = mac_path(image).read_bytes()
+    assert found[: MIB // 16] == bytes(MIB // 16)
+    assert found[MIB // 16 :].startswith(b"MACs\0")
+    assert len(found) == 8 * MIB // 16
 
 
 # --- create and open --------------------------------------------------------------------------
@@ -325,7 +421,7 @@ def test_sidecar_can_be_understood_by_others(image: Path) -> None:
     write_sidecar(sidecar_path(image), SIDECAR)
     plain = json.loads(sidecar_path(image).read_text())
     assert plain["schema"] == "mktme-dram"
-    assert plain["version"] == 1
+    assert plain["version"] == 3
     assert plain["data_unit_bytes"] == 64
     assert "16-byte little-endian" in plain["tweak"]
     assert "never written" in plain["never_written"]
@@ -336,6 +432,16 @@ def test_sidecar_can_be_understood_by_others(image: Path) -> None:
         "ram_offset": MIB,
         "size_bytes": MIB,
     }
+
+
+def test_sidecar_tells_how_macs_are_made(image: Path) -> None:
+    told = msgspec.structs.replace(SIDECAR, integrity=IntegrityRecord(file="dram.mac"))
+    write_sidecar(sidecar_path(image), told)
+    assert read_sidecar(sidecar_path(image)) == told
+    plain = json.loads(sidecar_path(image).read_text())["integrity"]
+    assert (plain["file"], plain["entry_bytes"]) == ("dram.mac", 4)
+    for part in ("SHA3-256", "136 bytes", "mktme line MAC", "8-byte little-endian", "28 bits"):
+        assert part in plain["rule"]
 
 
 def test_new_sidecar_replaces_the_old_one_in_one_step(image: Path) -> None:
@@ -368,13 +474,17 @@ def changed(**fields: Any) -> bytes:
         (b"", "no valid sidecar"),
         (b"{", "no valid sidecar"),
         (b"\xff\xfe", "no valid sidecar"),
+        (b'{"schema": "\xff"}', "no valid sidecar"),
+        (b'{"x": ' + b"[" * 5000, "no valid sidecar"),
         (b"[]", "Expected `object`, got `array`"),
         (b"{}", "missing required field `schema`"),
         (changed(schema="other"), "its schema is 'other'"),
-        (changed(version=2), "sidecar version 2, this mktme reads 1"),
+        (changed(version=2), "sidecar version 2, this mktme reads 3"),
+        (changed(version=1), "sidecar version 1, this mktme reads 3"),
         (changed(extra=1), "unknown field `extra`"),
         (changed(data_unit_bytes=512), r"\$.data_unit_bytes"),
         (changed(integrity={}), r"\$.integrity"),
+        (changed(integrity={"file": "x", "entry_bytes": 8}), r"\$.integrity.entry_bytes"),
         (changed(keys=[{"keyid": 0, "mode": "odd", "algorithm": None}]), r"\$.keys\[0\].mode"),
         (changed(pages=[{"base": -1, "size_bytes": 0, "keyid": 0}]), r"\$.pages\[0\].base"),
         (changed(pages=[{"base": 0, "size_bytes": 0, "keyid": 1 << 15}]), r"\$.pages\[0\].keyid"),

@@ -132,10 +132,34 @@ def test_cipher_cannot_be_pickled_or_copied(cipher: XtsCipher) -> None:
         copy.deepcopy(cipher)
 
 
-def test_wiped_key_is_gone(cipher: XtsCipher) -> None:
-    assert KEY[:16] in cipher._key
+@pytest.mark.parametrize("algorithm", Algorithm)
+def test_wiped_key_is_gone(algorithm: Algorithm) -> None:
+    key = bytes(range(100, 100 + algorithm.key_bytes))
+    half = len(key) // 2
+    cipher = XtsCipher(algorithm, key)
+    held = cipher._key.view[:]
+    assert bytes(held[:half]) == key[:half]
+    assert bytes(held[-half:]) == key[half:]
     cipher.wipe()
-    assert not any(cipher._key)
+    assert not any(held)
     for crypt in (cipher.encrypt_lines, cipher.decrypt_lines):
-        with pytest.raises(KeyMaterialError, match="wiped"):
+        with pytest.raises(KeyMaterialError, match="this key was wiped"):
             crypt(lines(1), addresses(1))
+    cipher.wipe()
+
+
+def test_wiped_cipher_gives_its_memory_back(cipher: XtsCipher) -> None:
+    cipher.encrypt_lines(lines(1), addresses(1))
+    place = cipher._key._address
+    cipher.wipe()
+    other = XtsCipher(Algorithm.AES_XTS_128, KEY[::-1])
+    assert other._key._address == place
+    with pytest.raises(KeyMaterialError, match="wiped"):
+        cipher.encrypt_lines(lines(1), addresses(1))
+
+
+def test_refused_key_takes_no_memory() -> None:
+    place = XtsCipher(Algorithm.AES_XTS_128, KEY)._key._address
+    with pytest.raises(KeyMaterialError):
+        XtsCipher(Algorithm.AES_XTS_128, KEY[:16] * 2)
+    assert XtsCipher(Algorithm.AES_XTS_128, KEY)._key._address == place

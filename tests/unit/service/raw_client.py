@@ -13,6 +13,7 @@ from mktme.service import wire
 from ..fake_qemu import DEADLINE_S
 
 HELLO = wire.frame(wire.Hello(version=wire.PROTOCOL_VERSION))
+HELLO_OBSERVER = wire.frame(wire.Hello(version=wire.PROTOCOL_VERSION, role=wire.Role.OBSERVER))
 
 
 def framed(body: bytes) -> bytes:
@@ -25,8 +26,8 @@ class RawClient:
 
     def __init__(self, control_socket: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(str(control_socket))  # with a timeout it would not wait for its turn
         self.socket.settimeout(DEADLINE_S)
-        self.socket.connect(str(control_socket))
 
     def send(self, data: bytes) -> None:
         """Send bytes as they are."""

@@ -19,7 +19,8 @@ import msgspec
 import pytest
 
 from mktme.datapath.shadow import Track
-from mktme.engine.dram import read_sidecar
+from mktme.engine.dram import PageRange, read_sidecar
+from mktme.engine.firmware import PlatformConfig
 from mktme.engine.keys import KeyMode
 from mktme.engine.xts import Algorithm
 from mktme.service import wire
@@ -34,10 +35,15 @@ from mktme.service.server import CONTROL_SOCKET, LINK_SOCKET, _credentials
 
 from ..conftest import DRAM_BYTES, Guests
 from ..fake_qemu import DEADLINE_S, LINE, PAGE
-from .raw_client import HELLO, RawClient, framed
+from .raw_client import HELLO, HELLO_OBSERVER, RawClient, framed
 
 NOBODY = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user takes root")
+
+
+@pytest.fixture(scope="module")
+def engine(shared_engine: EngineProcess) -> EngineProcess:
+    return shared_engine
 
 
 @pytest.fixture
@@ -132,10 +138,10 @@ def test_other_users_are_refused(open_to_all: Path) -> None:
             with pytest.raises(subprocess.CalledProcessError):  # by the sockets' modes
                 as_user(NOBODY, path, "SOCK_STREAM", HELLO)
             path.chmod(0o666)
-        assert as_user(NOBODY, control, "SOCK_STREAM", HELLO) == b""
+        assert as_user(NOBODY, control, "SOCK_STREAM", HELLO_OBSERVER) == b""
         assert b"user 65534 may not connect" in as_user(NOBODY, link, "SOCK_SEQPACKET", b"x")
         # The control: root, in the same way, gets an answer.
-        assert b"Welcome" in as_user(0, control, "SOCK_STREAM", HELLO)
+        assert b"Welcome" in as_user(0, control, "SOCK_STREAM", HELLO_OBSERVER)
         assert b"shorter than its header" in as_user(0, link, "SOCK_SEQPACKET", b"x")
         assert engine.client.status().vms == ()
         log = engine.log_path.read_text()
@@ -145,14 +151,19 @@ def test_other_users_are_refused(open_to_all: Path) -> None:
 
 
 @needs_root
-def test_users_that_the_owner_names_are_let_in(open_to_all: Path) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_users_that_the_owner_names_may_link_and_no_more(open_to_all: Path, shared: bool) -> None:
     dram = open_to_all / "dram.img"
-    with EngineProcess(open_to_all, dram, 64 << 20, peer_uids=(NOBODY,)):
-        (open_to_all / CONTROL_SOCKET).chmod(0o666)
-        answer = as_user(NOBODY, open_to_all / CONTROL_SOCKET, "SOCK_STREAM", HELLO)
-        assert b"Welcome" in answer
-        other = as_user(NOBODY - 1, open_to_all / CONTROL_SOCKET, "SOCK_STREAM", HELLO)
-        assert other == b""
+    with EngineProcess(open_to_all, dram, 64 << 20, peer_uids=(NOBODY,), shared_ownership=shared):
+        control, link = open_to_all / CONTROL_SOCKET, open_to_all / LINK_SOCKET
+        for path in (control, link):
+            path.chmod(0o666)
+        assert b"shorter than its header" in as_user(NOBODY, link, "SOCK_SEQPACKET", b"x")
+        answer = as_user(NOBODY - 1, link, "SOCK_SEQPACKET", b"x")
+        assert b"user 65533 may not connect" in answer
+        for hello in (HELLO, HELLO_OBSERVER):
+            assert as_user(NOBODY, control, "SOCK_STREAM", hello) == b""
+        assert b"Welcome" in as_user(0, control, "SOCK_STREAM", HELLO_OBSERVER)
 
 
 # --- the protocol -----------------------------------------------------------------------------
@@ -161,7 +172,8 @@ def test_users_that_the_owner_names_are_let_in(open_to_all: Path) -> None:
 def test_hello_is_answered(raw: RawClient, engine: EngineProcess, control: Path) -> None:
     raw.send(HELLO)
     assert raw.answer() == wire.Welcome(
-        version=1,
+        version=2,
+        role=wire.Role.OWNER,
         engine_pid=engine.process.pid,
         dram_path=str(control.with_name("dram.img")),
         link_socket=str(control.with_name(LINK_SOCKET)),
@@ -188,12 +200,12 @@ def test_events_are_for_clients_that_said_hello(
     assert isinstance(raw.answer(), wire.Welcome)
 
 
-@pytest.mark.parametrize("version", [0, 2, -1, 2**63])
+@pytest.mark.parametrize("version", [0, 1, 3, -1, 2**63])
 def test_another_version_is_refused(raw: RawClient, version: int) -> None:
     raw.send(wire.frame(wire.Hello(version=version)))
     answer = raw.reply()
     assert isinstance(answer, wire.Failure)
-    assert f"speaks protocol 1, not {version}" in answer.message
+    assert f"speaks protocol 2, not {version}" in answer.message
     assert raw.answer() is None
 
 
@@ -329,7 +341,9 @@ def fake_engine(*answers: bytes) -> Iterator[Future[EngineClient]]:
         yield connecting
 
 
-WELCOME = wire.frame(wire.Welcome(version=1, engine_pid=1, dram_path="", link_socket=""))
+WELCOME = wire.frame(
+    wire.Welcome(version=2, role=wire.Role.OWNER, engine_pid=1, dram_path="", link_socket="")
+)
 
 
 def test_answer_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,6 +426,7 @@ def test_status_of_a_vm_that_is_not_linked(client: EngineClient, vm: uuid.UUID) 
             memory_bytes=16 * PAGE,
             track=Track.PAGES,
             linked=False,
+            pages=(PageRange(base=0, size_bytes=16 * PAGE, keyid=1),),
         ),
     )
 
@@ -505,7 +520,8 @@ def test_memory_must_fit_into_dram(client: EngineClient, memory_bytes: int) -> N
 
 
 def test_keyids_run_out(tmp_path: Path) -> None:
-    with EngineProcess(tmp_path, tmp_path / "dram.img", 64 << 20, keyid_bits=1) as engine:
+    platform = PlatformConfig(keyid_bits=1)
+    with EngineProcess(tmp_path, tmp_path / "dram.img", 64 << 20, platform=platform) as engine:
         vms = [uuid.uuid4(), uuid.uuid4()]
         assert add(engine.client, vms[0]).keyid == 1
         refused("KeyIdError", "every KeyID is taken")(lambda: add(engine.client, vms[1]))
@@ -514,7 +530,7 @@ def test_keyids_run_out(tmp_path: Path) -> None:
 
 
 def test_mode_platform_is_not_for_vms(client: EngineClient) -> None:
-    refused("MktmeError", "a KeyID of its own")(
+    refused("MktmeError", "no KeyID is programmed as platform")(
         lambda: client.add_vm(
             uuid.uuid4(),
             name="vm",
@@ -533,7 +549,7 @@ def test_mode_platform_is_not_for_vms(client: EngineClient) -> None:
         (1, PAGE, "whole pages"),
         (0, 64, "whole pages"),
         (0, 0, "whole pages"),
-        (-PAGE, PAGE, "whole pages"),
+        (-PAGE, PAGE, "no read of 4096 bytes at RAM offset -0x1000"),
         (0, -PAGE, "whole pages"),
         (16 * PAGE, PAGE, "no read of 4096 bytes at RAM offset 0x10000"),
         (15 * PAGE, 2 * PAGE, "no read of 8192 bytes"),
@@ -570,8 +586,18 @@ def test_vm_that_is_not_linked_is_not_followed(client: EngineClient, vm: uuid.UU
     refused("MktmeError", "is not linked")(lambda: client.line_marks(vm, 0, 1))
 
 
-def test_fault_of_the_engine_is_an_answer(raw: RawClient, client: EngineClient) -> None:
-    """What no check foresaw is reported by its type alone, and the engine lives on."""
+@pytest.mark.parametrize(
+    ("field", "value", "error", "message"),
+    [
+        ("key_file", "/no\0path", "KeyMaterialError", r"'/no\x00path' is no path"),
+        ("key_file", "/" + "x" * 60_000, "KeyMaterialError", "File name too long"),
+        ("name", "vm\nERROR all is lost", "MktmeError", "name is printable text"),
+    ],
+    ids=["NUL in a path", "long path", "name of two lines"],
+)
+def test_odd_text_is_refused(
+    raw: RawClient, client: EngineClient, field: str, value: str, error: str, message: str
+) -> None:
     add_vm = wire.AddVm(
         vm=uuid.uuid4(),
         name="vm",
@@ -579,15 +605,18 @@ def test_fault_of_the_engine_is_an_answer(raw: RawClient, client: EngineClient) 
         track=Track.PAGES,
         algorithm=Algorithm.AES_XTS_128,
         mode=KeyMode.DIRECT,
-        key_file="/no\0path",
+        key_file="/key",
     )
-    raw.send(HELLO + wire.frame(add_vm))
+    raw.send(HELLO + wire.frame(msgspec.structs.replace(add_vm, **{field: value})))
     assert isinstance(raw.reply(), wire.Welcome)
-    assert raw.reply() == wire.Failure(error="InternalError", message="ValueError")
+    reply = raw.reply()
+    assert isinstance(reply, wire.Failure)
+    assert reply.error == error
+    assert message in reply.message
     assert client.status().vms == ()
 
 
 def test_messages_are_plain_messagepack(raw: RawClient) -> None:
     """Clients in other languages need nothing of ours."""
-    raw.send(framed(msgspec.msgpack.encode({"type": "Hello", "version": 1})))
+    raw.send(framed(msgspec.msgpack.encode({"type": "Hello", "version": 2})))
     assert isinstance(raw.reply(), wire.Welcome)

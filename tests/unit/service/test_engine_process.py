@@ -61,8 +61,8 @@ def test_engine_ends_with_its_owner(tmp_path: Path) -> None:
         process = engine.process
         assert process.poll() is None
     assert process.returncode == 0
-    # The image stays for who wants to look at it, the sockets do not.
-    assert sorted(os.listdir(tmp_path)) == ["dram.img", "engine.log"]
+    # The image and its MACs stay for who wants to look at them, the sockets do not.
+    assert sorted(os.listdir(tmp_path)) == ["dram.img", "dram.img.mac", "engine.log"]
     assert "the owner is gone, stopping" in (tmp_path / "engine.log").read_text()
     with pytest.raises(EngineGoneError):
         engine.client.status()

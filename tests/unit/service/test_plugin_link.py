@@ -20,18 +20,22 @@ from typing import cast
 import pytest
 
 from mktme.datapath import link as ram_link
+from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import ShadowDataPath, Track
 from mktme.engine.dram import Dram, Region
+from mktme.engine.firmware import PlatformConfig
 from mktme.engine.keys import KeyMode
 from mktme.engine.xts import Algorithm
-from mktme.service import server, wire
+from mktme.service import limits, wire
 from mktme.service.client import EngineProcess, EngineRefusedError
+from mktme.service.drains import Drains
 from mktme.service.server import LINK_SOCKET, EngineServer
 from mktme.service.vms import Vm
 
 from .. import fake_qemu
 from ..conftest import Guests, MakeQemu, wait_event
 from ..fake_qemu import DEADLINE_S, PAGE, Answer, FakeQemu, HelloFields, parse_answer, say_hello
+from .conftest import CUSTODY
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs takes root")
 
@@ -430,12 +434,13 @@ def test_hello_for_another_engines_vm_is_refused(
 
 
 def test_silence_ends_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "HELLO_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(limits, "HELLO_TIMEOUT_S", 0.01)
 
     async def stay_silent() -> bytes:
         owner, theirs = socket.socketpair()
         with Dram.create(tmp_path / "dram.img", PAGE) as dram, owner:
-            serving = asyncio.create_task(EngineServer(tmp_path, dram, 1).serve(theirs))
+            engine = EngineServer(tmp_path, dram, PlatformConfig(), CUSTODY)
+            serving = asyncio.create_task(engine.serve(theirs))
             loop = asyncio.get_running_loop()
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as plugin:
                 plugin.setblocking(False)
@@ -465,7 +470,7 @@ class Endless:
             yield 1
 
 
-def test_drain_gives_way_after_each_batch(tmp_path: Path) -> None:
+def test_drain_gives_way_after_each_batch() -> None:
     """Else one busy VM would keep the engine from all others, and from its owner."""
 
     async def drain_and_stop() -> int:
@@ -474,17 +479,17 @@ def test_drain_gives_way_after_each_batch(tmp_path: Path) -> None:
             uuid=uuid.uuid4(),
             name="vm",
             memory_bytes=PAGE,
+            datapath=DataPath.SHADOW,
             track=Track.PAGES,
             keyid=1,
             region=Region(0, PAGE),
             path=cast("ShadowDataPath", path),
         )
-        with Dram.create(tmp_path / "dram.img", PAGE) as dram:
-            engine = EngineServer(tmp_path, dram, 1)
-            draining = asyncio.create_task(engine._run_drain(vm, lambda path: path.drain()))
-            for _ in range(10):
-                await asyncio.sleep(0)
-            path.enough = True
-            return await draining
+        drains = Drains(announce=lambda _event: None)
+        draining = asyncio.create_task(drains.run(vm, lambda path: path.drain()))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        path.enough = True
+        return await draining
 
     assert asyncio.run(drain_and_stop()) >= 5

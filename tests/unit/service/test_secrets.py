@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -29,6 +30,7 @@ from ..fake_qemu import LINE, PAGE, FakeQemu, say_hello
 KEYS = {
     Algorithm.AES_XTS_128: random.Random(1).randbytes(32),
     Algorithm.AES_XTS_256: random.Random(2).randbytes(64),
+    Algorithm.AES_XTS_128_INTEGRITY: random.Random(3).randbytes(32),
 }
 KEY = KEYS[Algorithm.AES_XTS_128]
 
@@ -45,6 +47,11 @@ def test_a_leak_would_be_noticed() -> None:
     for leak in (KEY, KEY[9:17], KEY.hex().encode()[18:40], KEY.hex().upper().encode()):
         assert shows(b"key is " + leak + b"!", KEY)
     assert not shows(KEY[:7] + b"!" + KEY[7:14], KEY)
+
+
+@pytest.fixture(scope="module")
+def engine(shared_engine: EngineProcess) -> EngineProcess:
+    return shared_engine
 
 
 @pytest.fixture
@@ -179,7 +186,7 @@ def test_link_to_a_key_is_not_followed(guests: Guests, qemu: FakeQemu, key_file:
 
 
 def test_direct_mode_needs_a_key(guests: Guests, qemu: FakeQemu) -> None:
-    with pytest.raises(EngineRefusedError, match="direct mode needs a key file"):
+    with pytest.raises(EngineRefusedError, match="mode direct needs a key file"):
         guests.announce(qemu, mode=KeyMode.DIRECT)
 
 
@@ -216,6 +223,25 @@ class Offline:
             and self.vm["base"] < one["base"] + one["size_bytes"]
         }
         assert owners == {self.vm["keyid"]}
+        self.integrity = sidecar["integrity"]
+
+    def bad_lines(self, ram_offset: int, size_bytes: int) -> list[int]:
+        """The addresses of lines that do not match their MACs, as `integrity.rule` says."""
+        start = self.vm["base"] + ram_offset
+        with self._image.open("rb") as image:
+            stored = os.pread(image.fileno(), size_bytes, start)
+        size = self.integrity["entry_bytes"]
+        macs = self._image.with_name(self.integrity["file"]).read_bytes()
+        block = b"mktme line MAC".ljust(136 - len(self._key), b"\0") + self._key
+        bad = []
+        for at in range(start, start + size_bytes, self._unit):
+            line = stored[at - start :][: self._unit]
+            entry = int.from_bytes(macs[at // self._unit * size :][:size], "little")
+            hashed = hashlib.sha3_256(block + block + at.to_bytes(8, "little") + line).digest()
+            mac = int.from_bytes(hashed[:4], "little") % 2**28
+            if entry != 2**31 + mac and (entry or any(line)):
+                bad.append(at)
+        return bad
 
     def read(self, ram_offset: int, size_bytes: int) -> bytes:
         """Decrypt some of the VM's RAM."""
@@ -268,6 +294,20 @@ def test_known_key_reads_dram_offline(
     # The control: another key makes nothing of it.
     other = Offline(Path(guests.client.welcome.dram_path), qemu.vm, key[::-1])
     assert not shows(other.read(11 * PAGE, PAGE), high)
+    if not algorithm.has_integrity:
+        assert offline.integrity is None
+        return
+    assert offline.bad_lines(0, 16 * PAGE) == []
+    written = range(added.base + 11 * PAGE, added.base + 12 * PAGE, LINE)
+    assert other.bad_lines(11 * PAGE, PAGE) == list(written)
+    # And what somebody changed is bad for everybody.
+    with open(guests.client.welcome.dram_path, "r+b") as dram:
+        os.pwrite(dram.fileno(), b"tampered", added.base + 11 * PAGE + 3 * LINE)
+    assert offline.bad_lines(0, 16 * PAGE) == [added.base + 11 * PAGE + 3 * LINE]
+    with pytest.raises(EngineRefusedError, match="does not match its MAC") as caught:
+        guests.client.read(qemu.vm, 11 * PAGE, PAGE)
+    assert caught.value.error == "IntegrityError"
+    assert guests.client.read(qemu.vm, 12 * PAGE, PAGE) == qemu.contents()[12 * PAGE : 13 * PAGE]
 
 
 def test_random_key_is_another_each_time(guests: Guests) -> None:

@@ -12,11 +12,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import ShadowCounters, Track
-from mktme.engine.dram import GuestSegment
+from mktme.datapath.window import Policy
+from mktme.engine.dram import GuestSegment, PageRange
+from mktme.engine.firmware import Exclusion, PlatformConfig
 from mktme.engine.keys import KeyMode
+from mktme.engine.package import PowerEvent
+from mktme.engine.secret import KeyMemory
 from mktme.engine.xts import Algorithm
 from mktme.service import wire
+from mktme.service.custody import Custody
 from mktme.service.wire import ProtocolError
 
 VM = uuid.UUID("6f3d4b9e-4c0b-4c3a-9a55-1a4f4f0f8a11")
@@ -31,7 +37,7 @@ ADD_VM = wire.AddVm(
     key_file="/run/key",
 )
 REQUESTS: list[wire.Request] = [
-    wire.Hello(version=1),
+    wire.Hello(version=2),
     wire.GetStatus(),
     ADD_VM,
     wire.RemoveVm(vm=VM),
@@ -40,6 +46,15 @@ REQUESTS: list[wire.Request] = [
     wire.ReadVm(vm=VM, ram_offset=0, size_bytes=2**63, keyid=63),
     wire.ReadMarks(vm=VM, first_page=1, page_count=2),
     wire.WriteSidecar(),
+    wire.ReadDram(address=4096, size_bytes=8192, keyid=0),
+    wire.ReadMsr(msr=0x982),
+    wire.WriteMsr(msr=0x982, value=2**64 - 1),
+    wire.ExecutePconfig(leaf=0, address=0, program=bytes(192)),
+    wire.ProgramKey(mode=KeyMode.RANDOM, algorithm=Algorithm.AES_XTS_128, keyid=5, vm=VM),
+    wire.ClearKey(keyid=5),
+    wire.AssignPages(vm=VM, ram_offset=4096, size_bytes=8192, keyid=0),
+    wire.ReleasePage(vm=VM, ram_offset=4096),
+    wire.PowerPlatform(event=PowerEvent.WARM_RESET),
 ]
 TRAFFIC = wire.Traffic(
     drains=1,
@@ -62,25 +77,72 @@ VM_STATUS = wire.VmStatus(
     memory_bytes=512 << 20,
     track=Track.PAGES,
     linked=True,
+    further_keyids=(5,),
+    pages=(PageRange(base=2 << 20, size_bytes=512 << 20, keyid=1),),
     qemu_pid=1234,
     plugin_api=4,
     segments=(GuestSegment(guest_physical=0, ram_offset=0, size_bytes=512 << 20),),
     traffic=TRAFFIC,
 )
+INLINE_STATUS = wire.VmStatus(
+    vm=VM,
+    name="bob",
+    keyid=2,
+    base=0,
+    memory_bytes=512 << 20,
+    track=None,
+    linked=True,
+    datapath=DataPath.INLINE,
+    paging=wire.Paging(
+        service_s=0.5,
+        policy=Policy.FIFO,
+        window_bytes=4 << 20,
+        resident_bytes=1,
+        peak_bytes=2,
+        faults=3,
+        pages_fetched=4,
+        pages_read_ahead=5,
+        pages_evicted=6,
+        lines_written=7,
+        lines_stored=8,
+        pages_vanished=9,
+        pages_poisoned=10,
+    ),
+)
 REPLIES: list[wire.Reply] = [
-    wire.Welcome(version=1, engine_pid=2, dram_path="/dram", link_socket="/link.sock"),
+    wire.Welcome(
+        version=2,
+        role=wire.Role.OBSERVER,
+        engine_pid=2,
+        dram_path="/dram",
+        link_socket="/link.sock",
+    ),
     wire.Done(),
     wire.Failure(error="KeyMaterialError", message="no key", hint="make one"),
     wire.VmAdded(keyid=1, base=2 << 20),
+    wire.KeyProgrammed(keyid=5),
+    wire.MsrValue(value=2**64 - 1),
+    wire.PconfigDone(status=5),
     wire.Status(
-        keys=(
-            wire.KeyStatus(keyid=0, mode=KeyMode.PLATFORM, algorithm=Algorithm.AES_XTS_128),
-            wire.KeyStatus(keyid=1, mode=KeyMode.NO_ENCRYPT, algorithm=None),
+        platform=PlatformConfig(exclusion=Exclusion(base=0, size_bytes=1 << 20)),
+        custody=Custody(
+            dumpable=False, core_limit_bytes=0, memory_locked="all", key_memory=KeyMemory.SECRET
         ),
-        vms=(VM_STATUS,),
+        keys=(
+            wire.KeyStatus(
+                keyid=0,
+                mode=KeyMode.PLATFORM,
+                algorithm=Algorithm.AES_XTS_128,
+                vm=None,
+                pages=3,
+            ),
+            wire.KeyStatus(keyid=1, mode=KeyMode.NO_ENCRYPT, algorithm=None, vm=VM, pages=4),
+        ),
+        vms=(VM_STATUS, INLINE_STATUS),
         dram_bytes=1 << 30,
         memory=wire.Memory(anonymous=1, file=2, shared=3, peak=4),
         cpu_s=0.25,
+        keyids_free=61,
     ),
     wire.Data(data=bytes(range(256))),
     wire.SidecarWritten(path="/dram.json"),
@@ -92,6 +154,7 @@ EVENTS: list[wire.Event] = [
     wire.DramFull(vm=VM, message="full"),
     wire.DramCaughtUp(vm=VM),
     wire.VmFault(vm=VM, message="gone"),
+    wire.PagePoisoned(vm=VM, ram_offset=4096, address=(2 << 20) + 4160, keyid=1, lines=2),
 ]
 
 
@@ -137,7 +200,9 @@ def test_the_engines_counters_are_what_traffic_reports() -> None:
 
 def test_the_largest_messages_fit_their_limits() -> None:
     assert len(wire.frame(wire.Data(data=bytes(wire.READ_MAX_BYTES)))) < wire.REPLY_MAX_BYTES
-    longest = msgspec.structs.replace(ADD_VM, name="x" * 255, key_file="/" * 4096)
+    # A character takes four bytes of UTF-8 at most, a path PATH_MAX.
+    name = "\U0001f512" * wire.NAME_MAX_CHARACTERS
+    longest = msgspec.structs.replace(ADD_VM, name=name, key_file="/" * 4096)
     assert len(wire.frame(longest)) < wire.REQUEST_MAX_BYTES
 
 
@@ -159,6 +224,8 @@ UNFIT: dict[str, tuple[Any, str]] = {
     "unknown algorithm": (ADD | {"algorithm": "rot13"}, "Invalid enum value 'rot13'"),
     "unknown mode": (ADD | {"mode": "DIRECT"}, "Invalid enum value 'DIRECT'"),
     "no UUID": (ADD | {"vm": "alice"}, r"Invalid UUID - at `\$.vm`"),
+    "unknown role": ({"type": "Hello", "version": 2, "role": "root"}, "Invalid enum value 'root'"),
+    "a name too long": (ADD | {"name": "x" * 256}, r"length <= 255 - at `\$.name`"),
     "bytes for a path": (ADD | {"key_file": b"/key"}, r"got `bytes` - at `\$.key_file`"),
 }
 
@@ -180,6 +247,22 @@ def test_cut_message_is_refused(message: wire.Message) -> None:
             decode(whole[:end])
     with pytest.raises(ProtocolError, match="trailing"):
         decode(whole + b"\xc0")
+
+
+def test_reply_with_a_platform_that_cannot_be_is_refused() -> None:
+    (status,) = (reply for reply in REPLIES if isinstance(reply, wire.Status))
+    fields: dict[str, Any] = msgspec.msgpack.decode(body(status))
+    fields["platform"]["keyid-bits"] = 16
+    with pytest.raises(ProtocolError, match="keyid-bits: 16 is out of range"):
+        wire.decode_reply(msgspec.msgpack.encode(fields))
+
+
+@pytest.mark.parametrize("text", ["a\nb", "\x1b[31m", "\u202e"])
+def test_refusal_is_one_line_whatever_the_peer_sent(text: str) -> None:
+    for fields in ({"type": text}, {"type": "GetStatus", text: 0}):
+        with pytest.raises(ProtocolError) as caught:
+            wire.decode_request(msgspec.msgpack.encode(fields))
+        assert str(caught.value).isprintable()
 
 
 # --- anything at all --------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from mktme.datapath.uffd import WriteTrackingError
+from mktme.datapath.uffd import FaultServiceError, WriteTrackingError
 from mktme.engine.errors import MktmeError
 from mktme.vm import doctor, images
 from mktme.vm.doctor import DoctorReport, Finding, examine
@@ -23,6 +23,7 @@ CHECKS = {
     "_plugin": "QEMU plugin",
     "_userfaultfd": "userfaultfd",
     "_pagemap_scan": "PAGEMAP_SCAN",
+    "_inline": "inline data path",
     "_image": "guest image",
     "_memory": "memory",
     "_disk": "disk",
@@ -137,6 +138,19 @@ def test_no_permission_for_userfaultfd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "open_write_tracking", raising(unfit))
     (finding,) = (one for one in examine_only("_userfaultfd", monkeypatch) if not one.fit)
     assert finding == Finding("userfaultfd", False, "no permission", "sudo setfacl")
+
+
+@pytest.mark.usefixtures("fault_handling")
+def test_fault_handling_of_this_machine() -> None:
+    assert doctor._inline() == "userfaultfd stops system calls, too"
+
+
+def test_userfaultfd_for_user_mode_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough for `shadow`: it is the inline data path that this machine cannot have."""
+    unfit = FaultServiceError("no permission", hint="sudo setfacl")
+    monkeypatch.setattr(doctor, "require_fault_handling", raising(unfit))
+    (finding,) = (one for one in examine_only("_inline", monkeypatch) if not one.fit)
+    assert finding == Finding("inline data path", False, "no permission", "sudo setfacl")
 
 
 def examine_only(check: str, monkeypatch: pytest.MonkeyPatch) -> list[Finding]:

@@ -13,6 +13,7 @@ from typing import cast
 import pytest
 
 from mktme.engine.dram import GuestSegment
+from mktme.vm.bypass import BypassError, refuse_bypasses
 from mktme.vm.console import VmError
 from mktme.vm.domain import Domain, DomainSpec, domain_xml, guest_ram_ranges, ram_below_4g
 from mktme.vm.host import Host
@@ -27,7 +28,7 @@ IMAGE = GuestImage(
     kernel=Path("/images/vmlinuz"),
     initrd=Path("/images/initrd"),
     cmdline="console=ttyS0 quiet",
-    manifest=Manifest("tiny", "bookworm", "console=ttyS0", PACKAGE, PACKAGE),
+    manifest=Manifest("tiny", "bookworm", "console=ttyS0", PACKAGE, (PACKAGE,)),
 )
 SPEC = DomainSpec(
     name="mktme-alice-6f3d4b9e",
@@ -91,7 +92,7 @@ def test_crash_and_power_off_end_the_domain() -> None:
 
 def test_plugin_is_one_argument() -> None:
     arguments = parsed().findall(f"{QEMU}commandline/{QEMU}arg")
-    assert [one.attrib["value"] for one in arguments] == [
+    assert [one.attrib["value"] for one in arguments][2:] == [
         "-plugin",
         "/plugin.so,socket=/run/link.sock",
     ]
@@ -99,8 +100,23 @@ def test_plugin_is_one_argument() -> None:
     assert "<qemu:commandline>" in domain_xml(SPEC)
 
 
-def test_plain_guest_has_nothing_of_qemus_own() -> None:
-    assert "qemu:" not in domain_xml(dataclasses.replace(SPEC, plugin=None))
+@pytest.mark.parametrize("inline", [False, True])
+def test_our_own_guests_bypass_no_data_path(inline: bool) -> None:
+    refuse_bypasses(domain_xml(SPEC), inline=inline)
+    # The control: what the user adds to it may.
+    locked = domain_xml(SPEC).replace("<memoryBacking>", "<memoryBacking><hugepages/>")
+    with pytest.raises(BypassError):
+        refuse_bypasses(locked, inline=True)
+
+
+@pytest.mark.parametrize("plugin", [SPEC.plugin, None])
+def test_every_guest_has_the_same_intel_processor(plugin: str | None) -> None:
+    """What a guest computes is compared with a plain one, which has nothing else of QEMU's own."""
+    arguments = parsed(dataclasses.replace(SPEC, plugin=plugin)).findall(f"{QEMU}commandline/*")
+    values = [one.attrib["value"] for one in arguments]
+    assert values[0] == "-cpu"
+    assert "vendor=GenuineIntel" in values[1]
+    assert len(values) == (2 if plugin is None else 4)
 
 
 @pytest.mark.parametrize("nasty", ["a<b>&c", "]]>", "'\"", "</name><evil/>", "&amp;", "häß"])
@@ -117,7 +133,7 @@ def test_what_xml_would_read_as_its_own_comes_through(nasty: str) -> None:
     assert text(domain, "os/cmdline") == nasty
     assert text(domain, "os/kernel") == str(Path(f"/{nasty}"))
     assert attributes(domain, "devices/serial/source")["path"] == str(Path(f"/{nasty}"))
-    assert domain.findall(f"{QEMU}commandline/{QEMU}arg")[1].attrib["value"] == nasty
+    assert domain.findall(f"{QEMU}commandline/{QEMU}arg")[3].attrib["value"] == nasty
     assert {one.tag for one in domain} == {one.tag for one in parsed()}
 
 

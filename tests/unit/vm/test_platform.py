@@ -26,11 +26,11 @@ from mktme.vm.platform import (
     VmConfig,
     available_memory_bytes,
     check_config,
-    parse_size,
     region_bytes,
     require_disk,
     require_memory,
 )
+from mktme.vm.sizes import parse_size
 
 from ..fake_qemu import VM
 from .test_domain_xml import IMAGE
@@ -182,9 +182,9 @@ def test_plugin_is_told_all_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     one.engine = cast("EngineClient", SimpleNamespace(welcome=welcome))
     config = dataclasses.replace(CONFIG, memory_bytes=4 * GIB)
     # QEMU takes a doubled comma for one that belongs to the value.
-    assert one._plugin_argument(VM, config, Track.STORES_AND_PAGES) == (
+    assert one._plugin_argument(VM, config) == (
         "/a,,b/mktme-api4.so,socket=/run/x,,y/link.sock,vm=6f3d4b9e-4c0b-4c3a-9a55-1a4f4f0f8a11,"
-        "track=stores+pages,ram-below-4g=2147483648,check-tlb=off"
+        "datapath=shadow,track=stores+pages,ram-below-4g=2147483648,check-tlb=off"
     )
 
 

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What each request does to the platform; who may send it is decided in `mktme.service.server`."""
+
+from __future__ import annotations
+
+import time
+from uuid import UUID
+
+from mktme.datapath.inline import InlineDataPath
+from mktme.datapath.kinds import DataPath
+from mktme.datapath.shadow import Track
+from mktme.engine.dram import Dram, sidecar_path, write_sidecar
+from mktme.engine.errors import AddressError, MktmeError
+from mktme.engine.firmware import PlatformConfig
+from mktme.engine.package import Package, PowerEvent
+from mktme.engine.xts import PAGE_BYTES
+from mktme.service import wire
+from mktme.service.custody import Custody
+from mktme.service.drains import Drains, unlink
+from mktme.service.keyids import KeyIds
+from mktme.service.vms import Vm, describe, own_memory, vm_status
+
+
+class Requests:
+    """A platform's package, DRAM and VMs, and the requests about them.
+
+    Args:
+        dram: the DRAM image; this process is its only writer.
+        config: what firmware sets up.
+        custody: what is told of this process's memory.
+        drains: how a VM's writes get into DRAM.
+    """
+
+    def __init__(
+        self, dram: Dram, config: PlatformConfig, custody: Custody, drains: Drains
+    ) -> None:
+        self.dram = dram
+        self.package = Package(dram, config)
+        self.controller = self.package.controller
+        self.vms: dict[UUID, Vm] = {}
+        self._custody = custody
+        self._drains = drains
+        self._keyids = KeyIds(self.package, self.vms, drains)
+
+    async def handle(self, request: wire.Command) -> wire.Reply:
+        """Do what is asked.
+
+        Raises:
+            MktmeError: it is refused, or failed.
+        """
+        match request:
+            case wire.GetStatus():
+                return self._status()
+            case wire.AddVm():
+                async with self._keyids.lock:
+                    return self._add_vm(request)
+            case wire.RemoveVm(vm=uuid):
+                async with self._keyids.lock:
+                    self._remove_vm(self._vm(uuid))
+            case wire.FlushVm(vm=uuid):
+                await self._drains.flush(self._vm(uuid))
+            case wire.ReadVm():
+                return self._read_vm(request)
+            case wire.ReadDram(address=address, size_bytes=size, keyid=keyid):
+                return self._read(address, size, keyid)
+            case wire.ReadMarks():
+                return self._marks(request)
+            case wire.WriteSidecar():
+                return self._write_sidecar()
+            case wire.ReadMsr(msr=msr):
+                return wire.MsrValue(value=self.package.rdmsr(msr))
+            case wire.WriteMsr(msr=msr, value=value):
+                self.package.wrmsr(msr, value)
+            case wire.ExecutePconfig():
+                return wire.PconfigDone(status=self._keyids.execute(request))
+            case wire.ProgramKey():
+                vm = None if request.vm is None else self._vm(request.vm)
+                async with self._keyids.lock:
+                    keyid = self._keyids.program(
+                        request.mode, request.algorithm, request.key_file, request.keyid, vm
+                    )
+                    return wire.KeyProgrammed(keyid=keyid)
+            case wire.ClearKey(keyid=keyid):
+                async with self._keyids.lock:
+                    self._keyids.clear(keyid)
+            case wire.AssignPages():
+                async with self._keyids.lock:
+                    await self._keyids.assign(self._vm(request.vm), request)
+            case wire.ReleasePage():
+                self._release(request)
+            case wire.PowerPlatform(event=event):
+                async with self._keyids.lock:
+                    self._power(event)
+        return wire.Done()
+
+    def close(self) -> None:
+        """End every link."""
+        for vm in self.vms.values():
+            unlink(vm)
+
+    def _vm(self, uuid: UUID) -> Vm:
+        try:
+            return self.vms[uuid]
+        except KeyError:
+            raise MktmeError(f"no VM {uuid} on this platform") from None
+
+    def _add_vm(self, request: wire.AddVm) -> wire.VmAdded:
+        if request.vm in self.vms:
+            raise MktmeError(f"VM {request.vm} is there already")
+        if not request.name.isprintable():  # it gets into logs
+            raise MktmeError("a VM's name is printable text")
+        if request.memory_bytes <= 0 or request.memory_bytes % PAGE_BYTES:
+            raise AddressError("memory is not whole pages", address=request.memory_bytes)
+        _check_data_path(request)
+        region = self.dram.allocate(request.memory_bytes)
+        try:
+            keyid = self._keyids.program(request.mode, request.algorithm, request.key_file)
+            self.controller.assign(region.base, region.size_bytes, keyid)
+        except BaseException:
+            self.dram.free(region)
+            raise
+        self.vms[request.vm] = Vm(
+            uuid=request.vm,
+            name=request.name,
+            memory_bytes=request.memory_bytes,
+            datapath=request.datapath,
+            track=request.track,
+            keyid=keyid,
+            region=region,
+            window_bytes=request.window_bytes or 0,
+            policy=request.policy,
+        )
+        return wire.VmAdded(keyid=keyid, base=region.base)
+
+    def _remove_vm(self, vm: Vm) -> None:
+        unlink(vm)
+        self._keyids.release(vm)
+        self.dram.free(vm.region)
+        del self.vms[vm.uuid]
+
+    def _release(self, request: wire.ReleasePage) -> None:
+        vm = self._vm(request.vm)
+        if not isinstance(vm.path, InlineDataPath):
+            raise MktmeError(f"VM {vm.name} has no window")
+        vm.path.release(request.ram_offset // PAGE_BYTES)
+
+    def _power(self, event: PowerEvent) -> None:
+        for vm in tuple(self.vms.values()):
+            unlink(vm)
+            self.dram.free(vm.region)
+        self.vms.clear()
+        self.package.power(event)
+
+    def _status(self) -> wire.Status:
+        pages = self.controller.page_counts()
+        keys = self.package.keys.describe()
+        return wire.Status(
+            platform=self.package.config,
+            custody=self._custody,
+            keys=tuple(
+                wire.KeyStatus(
+                    keyid=one.keyid,
+                    mode=one.mode,
+                    algorithm=one.algorithm,
+                    vm=self._keyids.owner(one.keyid),
+                    pages=pages[one.keyid],
+                )
+                for one in keys
+            ),
+            keyids_free=self.package.tme.mktme_keyids - len(keys) + 1,
+            vms=tuple(vm_status(vm, self.controller) for vm in self.vms.values()),
+            dram_bytes=self.dram.size_bytes,
+            memory=own_memory(),
+            cpu_s=time.process_time(),
+        )
+
+    def _read_vm(self, request: wire.ReadVm) -> wire.Data:
+        vm = self._vm(request.vm)
+        offset, size = request.ram_offset, request.size_bytes
+        if offset < 0 or offset + size > vm.memory_bytes:
+            raise AddressError(f"no read of {size} bytes at RAM offset {offset:#x}", address=offset)
+        return self._read(vm.region.base + offset, size, request.keyid)
+
+    def _read(self, address: int, size_bytes: int, keyid: int | None) -> wire.Data:
+        if address < 0 or size_bytes <= 0 or address % PAGE_BYTES or size_bytes % PAGE_BYTES:
+            raise AddressError("a read is of whole pages", address=address)
+        if size_bytes > wire.READ_MAX_BYTES:
+            raise AddressError(f"{size_bytes} bytes are too many for one read", address=address)
+        plaintext = self.controller.read_pages(
+            address // PAGE_BYTES, size_bytes // PAGE_BYTES, keyid=keyid
+        )
+        return wire.Data(data=plaintext.tobytes())
+
+    def _marks(self, request: wire.ReadMarks) -> wire.Data:
+        vm = self._vm(request.vm)
+        first, count = request.first_page, request.page_count
+        if first < 0 or not 0 < count <= wire.READ_MAX_BYTES // 8:
+            raise AddressError(f"no {count} pages of marks at page {first}", address=first)
+        if first + count > vm.memory_bytes // PAGE_BYTES:
+            raise AddressError("marks past the end of RAM", address=first)
+        if vm.path is None:
+            raise MktmeError(f"VM {vm.name} is not linked")
+        return wire.Data(data=vm.path.line_marks(first, count).tobytes())
+
+    def _write_sidecar(self) -> wire.SidecarWritten:
+        path = sidecar_path(self.dram.path)
+        write_sidecar(path, describe(self.dram, self.package, self.vms.values()))
+        return wire.SidecarWritten(path=str(path))
+
+
+def _check_data_path(request: wire.AddVm) -> None:
+    """Check what a VM asks of its data path.
+
+    Raises:
+        MktmeError: it does not go together.
+    """
+    window = request.window_bytes
+    if request.datapath is DataPath.SHADOW:
+        if request.track is None or window is not None:
+            raise MktmeError("the shadow data path has a tracker and no window")
+        return
+    if request.track not in (None, Track.STORES):
+        raise MktmeError("the inline data path needs no page tracker")
+    if window is None or window % PAGE_BYTES or not 0 < window <= request.memory_bytes:
+        raise AddressError("a window is whole pages, and no more than RAM", address=window or 0)

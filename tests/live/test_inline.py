@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The inline data path under live guests: DRAM is their memory, tampering with it reaches them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mktme.proof.confidentiality import Canary, find_canary, search_dram
+from mktme.proof.guest_ram import ram_of
+from mktme.proof.residency import sampled
+from mktme.proof.transparency import compare_memory, run_workload
+from mktme.pytest_plugin import vm_config
+from mktme.vm.console import VmLostError
+from mktme.vm.platform import BOOT_TIMEOUT_S, Platform, Vm
+
+from .conftest import Command
+
+MIB = 1 << 20
+MEMORY = 192 * MIB
+WINDOW = 24 * MIB  # what the guest and its workload touch is several times that
+
+
+@pytest.mark.parametrize("track", [None, "stores"])
+def test_a_guest_computes_in_an_eighth_of_its_memory(track: str | None) -> None:
+    config = vm_config(memory="192M", datapath="inline", window="24M", track=track)
+    canary = Canary.random()
+    with Platform(MEMORY) as platform, platform.launch(config, boot=False) as vm:
+        with sampled(vm, WINDOW) as bound:
+            vm.domain.boot(BOOT_TIMEOUT_S)
+            run_workload(vm.domain.console)  # it checks its own sums
+            canary.plant(vm.domain.console)
+            with vm.held() as engine:
+                found = compare_memory(vm, engine)
+                assert found.passed, found
+                assert 0 < found.lines_compared <= WINDOW // 64
+                assert search_dram(vm, canary, platform.dram_path).passed
+        assert bound.passed, bound
+        assert bound.samples > 1000
+        assert bound.peak_bytes > WINDOW // 2
+        paging = vm.status().paging
+        assert paging is not None
+        assert paging.pages_evicted > 4 * WINDOW // 4096
+        assert (paging.lines_stored > 0) == (track is not None)
+
+
+def test_a_guest_without_a_window_breaks_the_bound() -> None:
+    """The control of the bound: a shadow guest has all that it touched in memory."""
+    with (
+        Platform(MEMORY) as platform,
+        platform.launch(vm_config(memory="192M"), boot=False) as vm,
+        sampled(vm, WINDOW) as bound,
+    ):
+        vm.domain.boot(BOOT_TIMEOUT_S)
+    assert bound.peak_bytes > WINDOW
+    assert not bound.passed
+
+
+def hold_out_of_window(vm: Vm, canary: Canary) -> int:
+    """RAM offset of a guest's canary page, once that is in DRAM alone."""
+    for _ in range(10):
+        vm.domain.console.run("head -c 40000000 /dev/zero | tr '\\0' a >/tmp/fill", timeout_s=120)
+        with vm.held(), ram_of(vm) as ram:
+            offset = find_canary(vm, canary)
+            if not ram.populated(offset, 4096).any():
+                return offset
+    raise AssertionError("the page never left the window")
+
+
+def flip(dram: Path, address: int) -> None:
+    with dram.open("r+b") as file:
+        (byte,) = os.pread(file.fileno(), 1, address)
+        os.pwrite(file.fileno(), bytes([byte ^ 1]), address)
+
+
+def test_a_flipped_bit_is_one_random_block_for_the_guest() -> None:
+    config = vm_config(memory="192M", datapath="inline", window="16M")
+    canary = Canary.random()
+    with Platform(MEMORY) as platform, platform.launch(config) as vm:
+        console = vm.domain.console
+        canary.plant(console)
+        before = console.run("od -An -v -tx1 -w16 /run/canary", timeout_s=30).output.splitlines()
+        flip(platform.dram_path, vm.base + hold_out_of_window(vm, canary) + 5 * 64)
+        after = console.run("od -An -v -tx1 -w16 /run/canary", timeout_s=30).output.splitlines()
+        assert [index for index in range(256) if before[index] != after[index]] == [20]
+
+
+def test_a_flipped_bit_is_a_machine_check_with_integrity() -> None:
+    """An unmodified kernel takes it for what it is, and says so on its console."""
+    config = vm_config(
+        memory="192M", datapath="inline", window="16M", algorithm="aes-xts-128-integrity"
+    )
+    canary = Canary.random()
+    with Platform(MEMORY) as platform, platform.launch(config) as vm:
+        canary.plant(vm.domain.console)
+        offset = hold_out_of_window(vm, canary)
+        assert platform.engine.read(vm.uuid, offset, 4096) == canary.page
+        flip(platform.dram_path, vm.base + offset + 5 * 64)
+        with pytest.raises(VmLostError) as caught:
+            vm.domain.console.run("sha256sum /run/canary", timeout_s=15)
+        assert "Kernel panic - not syncing: Fatal machine check" in str(caught.value)
+        found = platform.poisoned[0]
+        assert (found.address, found.keyid, found.lines) == (
+            vm.base + offset + 5 * 64,
+            vm.keyid,
+            1 << 5,
+        )
+
+
+def test_command_shows_the_bound(command: Command) -> None:
+    status, out, err = command.run(
+        "run", "--datapath", "inline", "--memory", "192M", "--window", "25%", "--no-reference"
+    )
+    assert status == 0, err
+    assert "its plaintext in RAM never exceeds the window" in out
+    assert "of 48.0 MiB in" in out
+    command.assert_nothing_left()
