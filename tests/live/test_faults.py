@@ -20,6 +20,7 @@ from mktme.cli import ExitCode
 from mktme.proof.transparency import compare_memory
 from mktme.pytest_plugin import vm_config
 from mktme.vm.console import VmError, VmLostError
+from mktme.vm.host import QEMU_MIN, Host
 from mktme.vm.platform import Platform
 
 from .conftest import Command
@@ -27,6 +28,13 @@ from .conftest import Command
 MIB = 1 << 20
 SMALL = ("run", "--memory", "256M", "--no-reference")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
+
+
+def test_any_number_of_platforms_in_one_process() -> None:
+    """libvirt has room for 21 registered drivers, and each opening of an embedded one takes one."""
+    for _ in range(25):
+        with Host() as host:
+            assert host.qemu_version >= QEMU_MIN
 
 
 def test_engine_killed() -> None:

@@ -70,9 +70,8 @@ class Host:
 
     def __enter__(self) -> Self:
         _run_event_loop()
-        uri = f"{self.uri}?root={_embedded_root()}" if self.embedded else self.uri
         try:
-            self.connection = libvirt.open(uri)
+            self.connection = _embedded() if self.embedded else libvirt.open(self.uri)
             self.qemu_version = _version(self.connection.getVersion())
             self.libvirt_version = _version(self.connection.getLibVersion())
         except libvirt.libvirtError as error:
@@ -80,7 +79,7 @@ class Host:
                 f"libvirt at {self.uri}: {error}", hint="mktme doctor"
             ) from error
         if self.qemu_version < QEMU_MIN:
-            self.connection.close()
+            self._close()
             raise EnvironmentUnfitError(
                 f"QEMU {dotted(self.qemu_version)} is too old, {dotted(QEMU_MIN[:2])} is needed",
                 hint="make setup",
@@ -88,7 +87,11 @@ class Host:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self.connection.close()
+        self._close()
+
+    def _close(self) -> None:
+        if not self.embedded:
+            self.connection.close()
 
     @property
     def plugin_api(self) -> int:
@@ -132,6 +135,16 @@ def _version(number: int) -> tuple[int, int, int]:
 def dotted(version: tuple[int, ...]) -> str:
     """A version tuple as people write it."""
     return ".".join(str(part) for part in version)
+
+
+@functools.cache
+def _embedded() -> libvirt.virConnect:
+    """The embedded driver, open for the life of the process.
+
+    Each opening registers the driver once more, closed or not, and libvirt has room for 21
+    (src/libvirt.c, virRegisterConnectDriver: "Too many drivers").
+    """
+    return libvirt.open(f"qemu:///embed?root={_embedded_root()}")
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -44,6 +45,9 @@ class FakeConnection:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """URIs that libvirt was asked for."""
     monkeypatch.setattr(host_module, "_run_event_loop", lambda: None)
+    # As in a process that has not opened the embedded driver yet.
+    fresh = functools.cache(host_module._embedded.__wrapped__)
+    monkeypatch.setattr(host_module, "_embedded", fresh)
     return []
 
 
@@ -109,6 +113,9 @@ def test_embedded_libvirt_has_a_root_of_its_own(
         assert opened == [f"qemu:///embed?root={tmp_path}"]
         assert host.embedded
         assert host.uri == "qemu:///embed"
+    with Host():
+        assert len(opened) == 1
+    assert not connection.closed
 
 
 @pytest.mark.parametrize(
