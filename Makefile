@@ -2,14 +2,15 @@
 # Each target first sets up what is missing, from a clean clone on: see tools/setup.
 
 BIN := .venv/bin
-SCRIPTS := tools/setup .ci/run tests/live/libvirtd.sh $(addprefix guest-images/tiny/,init canary workload)
+SCRIPTS := tools/setup .ci/run tests/live/libvirtd.sh $(addprefix guest-images/tiny/,init canary verify-memory workload)
 C_SOURCES := $(shell find qemu-plugin tests -name '*.[ch]')
 FUZZ_SECONDS ?= 120
+SOAK_SECONDS ?= 600
 PIP_COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes \
 	--python-version 3.11 --constraints requirements/constraints.txt \
 	--custom-compile-command 'make lock'
 
-.PHONY: help setup lint check test fuzz demo bench schema lock clean
+.PHONY: help setup lint check test fuzz soak demo tamper bench schema lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
@@ -34,8 +35,14 @@ test: setup ## every test, live VMs included
 fuzz: setup ## coverage-guided fuzzing of every decoder, two minutes
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
+soak: setup ## ten minutes of a guest that checks its own memory, of which an eighth is plaintext
+	$(BIN)/python -m tests.live.soak --seconds $(SOAK_SECONDS)
+
 demo: setup ## two encrypted guests, and the proofs
 	$(BIN)/mktme demo
+
+tamper: setup ## attacks on the DRAM of live guests, without and with integrity
+	$(BIN)/mktme tamper
 
 bench: setup ## the cost of each configuration
 	$(BIN)/mktme bench

@@ -6,18 +6,14 @@ The library raises; this module alone prints errors and chooses the exit code.
 
 from __future__ import annotations
 
-import enum
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Final
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 try:
@@ -28,8 +24,20 @@ except ImportError as missing:
     sys.exit(3)  # ExitCode.ENVIRONMENT
 
 from mktme.cli_keyid import keyid_app
+from mktme.cli_narration import narrate
+from mktme.cli_options import (
+    ConnectOption,
+    GuestOption,
+    JsonOption,
+    MemoryOption,
+    check_json,
+    guest_memory,
+    image,
+)
+from mktme.cli_options import ExitCode as ExitCode  # part of this module for others
 from mktme.cli_output import err, make_table, out
 from mktme.cli_platform import platform_app
+from mktme.cli_tamper import tamper
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
 from mktme.datapath.uffd import FaultServiceError, WriteTrackingError
@@ -45,31 +53,17 @@ from mktme.engine.firmware import FirmwareError, PlatformConfigError
 from mktme.engine.keys import KeyMode
 from mktme.engine.xts import Algorithm
 from mktme.proof import runs
-from mktme.proof.bench import BenchReport, bench
+from mktme.proof.bench import CONFIGURATIONS, BenchReport, bench
 from mktme.proof.demand import demo_demand, run_demand
 from mktme.proof.isolation import IsolationMatrix
 from mktme.proof.report import Check, GuestReport, RunReport, write_json
-from mktme.proof.runs import Narrator
-from mktme.proof.transparency import Progress as StepProgress
 from mktme.service.client import EngineRefusedError
 from mktme.service.platform_file import read_platform
 from mktme.service.wire import RoleError
 from mktme.vm import doctor, images
 from mktme.vm.pages import parse_pages
-from mktme.vm.platform import Platform, VmConfig, check_data_path, check_sizes
-from mktme.vm.sizes import parse_size, parse_window
-
-
-class ExitCode(enum.IntEnum):
-    """What the command's exit status says."""
-
-    OK = 0
-    PROOF_FAILED = 1
-    USAGE = 2
-    ENVIRONMENT = 3
-    RUN_FAILED = 4
-    INTERRUPTED = 130
-
+from mktme.vm.platform import Platform, VmConfig, check_data_path
+from mktme.vm.sizes import parse_window
 
 _USAGE_ERRORS: Final = (UsageError, PlatformConfigError, images.UnknownGuestError)
 _ENVIRONMENT_ERRORS: Final = (
@@ -98,12 +92,9 @@ app = typer.Typer(
 )
 app.add_typer(platform_app, name="platform")
 app.add_typer(keyid_app, name="keyid")
+app.command()(tamper)
 
 
-GuestOption = Annotated[str, typer.Option(help="Guest to boot: a recipe in guest-images/.")]
-MemoryOption = Annotated[
-    str, typer.Option(metavar="SIZE", help="Guest RAM, such as 512M or 4G: whole MiB.")
-]
 VcpusOption = Annotated[int, typer.Option(min=1, max=255, help="Guest vCPUs.")]
 AlgorithmOption = Annotated[Algorithm, typer.Option(help="The guests' cipher.")]
 TrackOption = Annotated[
@@ -113,12 +104,6 @@ TrackOption = Annotated[
         show_default="stores+pages; inline: none",
     ),
 ]
-ConnectOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="URI", help="libvirt on this machine to use, in place of its embedded driver."
-    ),
-]
 DramOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Keep the DRAM image here, its description beside it."),
@@ -126,9 +111,6 @@ DramOption = Annotated[
 PlatformOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="The platform: a platform.toml (mktme platform show)."),
-]
-JsonOption = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.")
 ]
 
 
@@ -189,8 +171,8 @@ def run(
         if key_file is not None:
             raise UsageError("--no-encrypt has no use for --key-file", hint="leave one of them out")
         mode = KeyMode.NO_ENCRYPT
-    _check_json(json)
-    memory_bytes = _memory_bytes(memory, vcpus)
+    check_json(json)
+    memory_bytes = guest_memory(memory, vcpus)
     window_bytes = None if window is None else parse_window(window, memory_bytes)
     check_data_path(datapath, track, window_bytes, memory_bytes)
     if track is None and datapath is DataPath.SHADOW:
@@ -201,7 +183,7 @@ def run(
     firmware = None if platform is None else read_platform(platform)
     run_demand(memory_bytes, algorithm, ranges, guests).check(firmware)
     config = VmConfig(
-        _image(guest),
+        image(guest),
         memory_bytes=memory_bytes,
         vcpus=vcpus,
         datapath=datapath,
@@ -215,7 +197,7 @@ def run(
     )
     options = runs.RunOptions(connect=connect, dram=dram, reference=reference, platform=firmware)
     with ExitStack() as telling:
-        narrator = telling.enter_context(_narrate())
+        narrator = telling.enter_context(narrate())
 
         def leave_running(report: RunReport, platform: Platform) -> None:
             telling.close()  # else progress is drawn over what follows
@@ -239,12 +221,12 @@ def demo(
     json: JsonOption = None,
 ) -> None:
     """The main job: two guests side by side under different keys, all proofs and their controls."""
-    _check_json(json)
-    memory_bytes = _memory_bytes(memory)
+    check_json(json)
+    memory_bytes = guest_memory(memory)
     firmware = None if platform is None else read_platform(platform)
     demo_demand(memory_bytes, algorithm).check(firmware)
-    config = VmConfig(_image(guest), memory_bytes=memory_bytes, algorithm=algorithm)
-    with _narrate() as narrator:
+    config = VmConfig(image(guest), memory_bytes=memory_bytes, algorithm=algorithm)
+    with narrate() as narrator:
         report = runs.demo(config, narrator, runs.RunOptions(connect=connect, platform=firmware))
     _deliver(report, json)
     _conclude(report)
@@ -253,7 +235,7 @@ def demo(
 @app.command("doctor")
 def examine(json: JsonOption = None) -> None:
     """Look whether this machine is fit, and say what mends it."""
-    _check_json(json)
+    check_json(json)
     with err.status("looking around"):
         findings = doctor.examine()
     table = make_table("This machine", "", "check", "found", "what mends it")
@@ -270,16 +252,29 @@ def examine(json: JsonOption = None) -> None:
 @app.command("bench")
 def measure(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds over all configurations.")] = 3,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"A configuration, and no others but plain: {', '.join(CONFIGURATIONS)}."
+            " May be given again.",
+        ),
+    ] = None,
     guest: GuestOption = "tiny",
     memory: MemoryOption = "512M",
     json: JsonOption = None,
 ) -> None:
     """Measure what the configurations cost, against plain TCG in the same run."""
-    _check_json(json)
-    memory_bytes = _memory_bytes(memory)
-    config = VmConfig(_image(guest), memory_bytes=memory_bytes)
-    with _narrate() as narrator:
-        report = bench(config, rounds, narrator)
+    check_json(json)
+    for name in only or ():
+        if name not in CONFIGURATIONS:
+            raise UsageError(
+                f"no configuration {name!r}", hint=f"--only {' or '.join(CONFIGURATIONS)}"
+            )
+    memory_bytes = guest_memory(memory)
+    config = VmConfig(image(guest), memory_bytes=memory_bytes)
+    with narrate() as narrator:
+        report = bench(config, rounds, narrator, only or ())
     _print_bench(report)
     if json is not None:
         write_json(json, report)
@@ -307,80 +302,6 @@ def _exit_code(error: MktmeError) -> ExitCode:
     if isinstance(error, _ENVIRONMENT_ERRORS) or name in _ENGINE_ENVIRONMENT_ERRORS:
         return ExitCode.ENVIRONMENT
     return ExitCode.RUN_FAILED
-
-
-def _memory_bytes(memory: str, vcpus: int = 1) -> int:
-    """A guest's memory as asked for, checked with its vCPUs before an image is built for it."""
-    memory_bytes = parse_size(memory)
-    check_sizes(memory_bytes, vcpus)
-    return memory_bytes
-
-
-def _image(guest: str) -> images.GuestImage:
-    with err.status(f"guest image {escape(guest)}"):
-        return images.ensure(guest, lambda line: err.print(line, style="dim", markup=False))
-
-
-def _check_json(path: Path | None) -> None:
-    """A report that cannot be written is better known before the run than after it."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UsageError(
-            f"--json {path}: no file can be written there",
-            hint="name a file in a directory that exists",
-        )
-
-
-class _Bars:
-    """For a terminal: steps as lines with a bar or a spinner, and their time."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    @contextmanager
-    def step(self, what: str) -> Iterator[StepProgress]:
-        task = self._progress.add_task(what, total=None)
-
-        def advance(done: int, total: int) -> None:
-            self._progress.update(task, completed=done, total=total)
-
-        yield advance
-        self._progress.update(task, completed=1, total=1)
-
-    def notice(self, line: str) -> None:
-        self._progress.console.print(f"note: {line}", style="yellow", markup=False)
-
-
-class _Lines:
-    """For a log: a line when a step begins, one when it is done."""
-
-    @contextmanager
-    def step(self, what: str) -> Iterator[StepProgress]:
-        started = time.monotonic()
-        self._print(f"{what} ...")
-        yield lambda _done, _all: None
-        self._print(f"{what}: {time.monotonic() - started:.1f} s")
-
-    def notice(self, line: str) -> None:
-        self._print(f"note: {line}")
-
-    @staticmethod
-    def _print(line: str) -> None:
-        err.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _narrate() -> Iterator[Narrator]:
-    if not err.is_terminal:
-        yield _Lines()
-        return
-    columns = (
-        SpinnerColumn(finished_text="[green]✓[/]"),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=err) as progress:
-        yield _Bars(progress)
 
 
 def _wait(platform: Platform) -> None:
@@ -456,7 +377,7 @@ def _data_path(guest: GuestReport) -> str:
 
 
 def _window_table(guests: tuple[GuestReport, ...]) -> Table:
-    figures = ("window", "peak", "faults", "pages in", "read ahead", "pages out")
+    figures = ("window", "peak", "faults", "median", "p99", "pages in", "read ahead", "pages out")
     table = make_table("Windows", "guest", "policy", *figures, right=figures)
     for guest in guests:
         paging = guest.paging
@@ -467,11 +388,17 @@ def _window_table(guests: tuple[GuestReport, ...]) -> Table:
                 f"{paging.window_bytes / (1 << 20):.1f} M",
                 f"{paging.peak_bytes / (1 << 20):.1f} M",
                 f"{paging.faults:,}",
+                _microseconds(paging.fault_median_s),
+                _microseconds(paging.fault_p99_s),
                 f"{paging.pages_fetched:,}",
                 f"{paging.pages_read_ahead:,}",
                 f"{paging.pages_evicted:,}",
             )
     return table
+
+
+def _microseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e6:,.0f} µs"
 
 
 def _check_table(checks: tuple[Check, ...]) -> Table:
@@ -498,19 +425,22 @@ def _isolation_table(matrix: IsolationMatrix) -> Table:
 
 
 def _print_bench(report: BenchReport) -> None:
-    figures = ("boot", "work", "together", "ratio", "engine CPU", "engine peak")
+    figures = ("boot", "work", "ratio", "again", "engine CPU", "peak", "faults", "median", "p99")
     title = f"Guest time, medians of {report.rounds} rounds"
     table = make_table(title, "configuration", *figures, right=figures)
     for one in report.configurations:
-        cpu, memory = one.engine_cpu_share, one.engine_memory
+        cpu, memory, paging = one.engine_cpu_share, one.engine_memory, one.paging
         table.add_row(
             one.name,
             f"{median(one.boot_s):.2f} s",
             f"{median(one.workload_s):.2f} s",
-            f"{one.guest_s:.2f} s",
             f"{one.ratio:.2f}",
+            "-" if one.again_s is None else f"{one.again_s:.2f} s",
             "-" if cpu is None else f"{cpu:.0%}",
             "-" if memory is None else f"{memory.peak >> 20} MiB",
+            "-" if paging is None else f"{paging.faults:,}",
+            "-" if paging is None else _microseconds(paging.fault_median_s),
+            "-" if paging is None else _microseconds(paging.fault_p99_s),
         )
     out.print(table)
     xts, engine = report.xts, report.engine
@@ -521,6 +451,7 @@ def _print_bench(report: BenchReport) -> None:
         f" ratio {xts.ratio:.3f}\n"
         f"Over the socket: {engine.rekey_bytes >> 20} MiB re-keyed at"
         f" {engine.rekey_bytes_per_s / 1e9:.2f} GB/s; RDMSR {engine.rdmsr_s * 1e3:.2f} ms;"
+        f" WRMSR {engine.wrmsr_s * 1e3:.2f} ms;"
         f" PCONFIG {engine.pconfig_s * 1e3:.2f} ms",
         soft_wrap=True,
         highlight=False,

@@ -10,11 +10,11 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from mktme.cli_output import EngineOption, make_table, out, print_json
+from mktme.cli_output import EngineOption, JsonFlag, make_table, out, print_json
 from mktme.engine.firmware import PlatformConfig
 from mktme.engine.keys import MAX_KEYID_BITS, KeyMode
 from mktme.engine.xts import Algorithm
-from mktme.proof.platform_report import KeyIdReport, describe_keyids
+from mktme.proof.platform_report import KeyIdChange, KeyIdReport, describe_keyids
 from mktme.service.wire import Role
 from mktme.vm.host import UsageError
 from mktme.vm.running import connected
@@ -29,7 +29,7 @@ _MAX_KEYID: Final = (1 << MAX_KEYID_BITS) - 1  # of any platform; and the wire h
 @keyid_app.command("list")
 def list_keyids(
     engine: EngineOption = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: JsonFlag = False,
 ) -> None:
     """Show how each KeyID is programmed, for whom, and for how much memory."""
     with connected(engine, Role.OBSERVER) as client:
@@ -66,6 +66,7 @@ def program(
         ),
     ] = None,
     engine: EngineOption = None,
+    json: JsonFlag = False,
 ) -> None:
     """Program a KeyID that nobody uses."""
     chosen = KeyMode(mode)
@@ -76,6 +77,10 @@ def program(
     with connected(engine, Role.OWNER) as client:
         cipher = _algorithm(client.status().platform, algorithm)
         done = client.program_key(chosen, cipher, keyid=keyid, key_file=key_file)
+    if json:
+        key = None if chosen is KeyMode.NO_ENCRYPT else cipher
+        print_json(KeyIdChange("mktme.keyid-change", 1, done, chosen, key))
+        return
     what = mode if chosen is KeyMode.NO_ENCRYPT else f"{mode} {cipher.value}"
     out.print(f"KeyID {done}: {what}", highlight=False)
 
@@ -84,10 +89,14 @@ def program(
 def clear(
     keyid: Annotated[int, typer.Argument(metavar="KEYID", min=1, max=_MAX_KEYID)],
     engine: EngineOption = None,
+    json: JsonFlag = False,
 ) -> None:
     """Destroy the key of a KeyID that nobody uses."""
     with connected(engine, Role.OWNER) as client:
         client.clear_key(keyid)
+    if json:
+        print_json(KeyIdChange("mktme.keyid-change", 1, keyid, None, None))
+        return
     out.print(f"KeyID {keyid}: cleared, it is as KeyID 0 again", highlight=False)
 
 

@@ -19,6 +19,7 @@ EngineOption = Annotated[
     Path | None,
     typer.Option(metavar="SOCKET", help="Control socket; none: the only platform that runs."),
 ]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def make_table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:

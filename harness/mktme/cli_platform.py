@@ -12,10 +12,11 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from mktme.cli_output import EngineOption, make_table, out, print_json
-from mktme.engine.firmware import PlatformConfig
+from mktme.cli_output import EngineOption, JsonFlag, make_table, out, print_json
+from mktme.engine.firmware import PlatformConfig, PlatformConfigError
 from mktme.proof.platform_report import (
     Encryption,
+    PlatformCheck,
     PlatformReport,
     describe,
     describe_registers,
@@ -40,7 +41,7 @@ def show(
         bool, typer.Option("--running", help="Show the platform that runs now (run --keep).")
     ] = False,
     engine: EngineOption = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: JsonFlag = False,
 ) -> None:
     """Show what firmware makes of a platform.toml, or a running platform: registers in words."""
     if file is not None and (running or engine is not None):
@@ -69,9 +70,28 @@ def show(
 @platform_app.command()
 def validate(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A platform.toml.")],
+    json: JsonFlag = False,
 ) -> None:
     """Check a platform.toml."""
-    read_platform(file)
+    try:
+        read_platform(file)
+    except PlatformConfigError as error:
+        if json:
+            print_json(
+                PlatformCheck(
+                    "mktme.platform-check",
+                    1,
+                    str(file),
+                    valid=False,
+                    key=error.key,
+                    message=str(error),
+                    hint=error.hint,
+                )
+            )
+        raise
+    if json:
+        print_json(PlatformCheck("mktme.platform-check", 1, str(file), valid=True))
+        return
     out.print(f"{file}: valid", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -372,9 +372,11 @@ def test_bench_tells_what_was_reached(
         workload_s=(4.0, 4.0, 4.0),
         guest_s=6.5,
         ratio=1.0,
+        again_s=3.75,
         engine_cpu_share=None,
         engine_memory=None,
         traffic=None,
+        paging=None,
     )
     report = BenchReport(
         schema="mktme.bench",
@@ -384,22 +386,41 @@ def test_bench_tells_what_was_reached(
         memory_bytes=512 * MIB,
         configurations=(plain,),
         xts=XtsReport(512 << 10, 2.4e9, 1.17e10, 0.205),
-        engine=EngineReport(256 * MIB, 8.76e8, 1.2e-4, 2.3e-4),
+        engine=EngineReport(256 * MIB, 8.76e8, 1.2e-4, 1.1e-4, 2.3e-4),
         targets=(Target("XTS", 0.205, 0.2, True, True), Target("pages", 1.2, 1.1, False, False)),
     )
     rounds_asked = []
 
-    def bench(_config: VmConfig, rounds: int, _narrator: object) -> BenchReport:
-        rounds_asked.append(rounds)
+    def bench(
+        _config: VmConfig, rounds: int, _narrator: object, only: Sequence[str]
+    ) -> BenchReport:
+        rounds_asked.append((rounds, tuple(only)))
         return report
 
     monkeypatch.setattr(cli, "bench", bench)
-    result = mktme("bench", "--rounds", "3", "--json", tmp_path / "out.json")
+    result = mktme("bench", "--rounds", "3", "--only", "inline 6%", "--json", tmp_path / "out.json")
     assert result.code == ExitCode.OK  # a target missed is a figure, not a failure
-    assert rounds_asked == [3]
-    for part in ("2.50 s", "6.50 s", "2.40 GB/s", "0.205", "0.88 GB/s", "0.12 ms", "met", "missed"):
+    assert rounds_asked == [(3, ("inline 6%",))]
+    for part in (
+        "2.50 s",
+        "4.00 s",
+        "3.75 s",
+        "2.40 GB/s",
+        "0.205",
+        "0.88 GB/s",
+        "0.12 ms",
+        "met",
+        "missed",
+    ):
         assert part in result.said
     assert json.loads((tmp_path / "out.json").read_text())["schema"] == "mktme.bench"
+
+
+def test_bench_of_a_configuration_that_is_none(mktme: Mktme) -> None:
+    result = mktme("bench", "--only", "inline 7%")
+    assert result.code == ExitCode.USAGE
+    assert "no configuration 'inline 7%'" in result.err
+    assert "--only plain or pages" in result.err
 
 
 # --- as a user runs it ------------------------------------------------------------------------

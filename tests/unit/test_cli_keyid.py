@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Final
 
 import msgspec
 import pytest
@@ -19,7 +20,7 @@ from mktme.cli import ExitCode
 from mktme.engine.firmware import PlatformConfig
 from mktme.engine.keys import KeyMode
 from mktme.engine.xts import Algorithm
-from mktme.proof.platform_report import KeyIdReport, KeyIdRow
+from mktme.proof.platform_report import KeyIdChange, KeyIdReport, KeyIdRow
 from mktme.proof.schema import DOCUMENTS
 
 from .command import Mktme, Result, runner
@@ -254,6 +255,28 @@ def test_keyid_that_nobody_uses_is_programmed_again(mktme: Mktme, one: RunningPl
     assert mktme("keyid", "program", "5", "--mode", "no-encrypt").code == ExitCode.OK
     assert mktme("keyid", "program", "5", "--algorithm", "aes-xts-256").code == ExitCode.OK
     assert one.keyids() == {5: (KeyMode.RANDOM, XTS_256)}
+
+
+def test_changes_as_json(mktme: Mktme, one: RunningPlatform) -> None:
+    """Documents for programs, which have to know what was chosen for them."""
+    schema = json.loads((SCHEMAS / "keyid-change-1.json").read_text())
+
+    def change(*command: str) -> KeyIdChange:
+        result = mktme("keyid", *command, "--json")
+        assert (result.code, result.err) == (ExitCode.OK, "")
+        assert set(json.loads(result.out)) == properties(schema, "KeyIdChange")
+        return msgspec.json.decode(result.out, type=KeyIdChange)
+
+    kind: Final = "mktme.keyid-change"
+    assert change("program") == KeyIdChange(kind, 1, 1, KeyMode.RANDOM, XTS_128)
+    assert change("program", "9", "--mode", "no-encrypt") == KeyIdChange(
+        kind, 1, 9, KeyMode.NO_ENCRYPT, None
+    )
+    assert change("clear", "1") == KeyIdChange(kind, 1, 1, None, None)
+    assert one.keyids() == {9: (KeyMode.NO_ENCRYPT, None)}
+    assert failed(
+        mktme("keyid", "clear", "64", "--json"), "KeyID 64 cannot be programmed: 1 to 63 can"
+    )
 
 
 @pytest.mark.parametrize("text", [False, True], ids=["raw", "hex"])

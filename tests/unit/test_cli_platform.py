@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import msgspec
 import pytest
@@ -17,7 +18,7 @@ import pytest
 from mktme.cli import ExitCode
 from mktme.engine import rng
 from mktme.engine.firmware import PlatformConfig
-from mktme.proof.platform_report import PlatformReport, describe
+from mktme.proof.platform_report import PlatformCheck, PlatformReport, describe
 from mktme.service.platform_file import read_platform
 
 from .command import Mktme, Result, runner
@@ -67,6 +68,26 @@ def test_file_that_is_wrong(mktme: Mktme, file: Path, command: str) -> None:
     told = f"mktme: {file}:2: policy: 'rot13' is not allowed\n"
     hint = "  hint: allowed: aes-xts-128, aes-xts-256, aes-xts-128-integrity\n"
     assert mktme("platform", command, file) == Result(ExitCode.USAGE, "", told + hint)
+
+
+def test_verdict_as_json(mktme: Mktme, file: Path) -> None:
+    def verdict(code: ExitCode) -> PlatformCheck:
+        result = mktme("platform", "validate", file, "--json")
+        assert result.code == code
+        return msgspec.json.decode(result.out, type=PlatformCheck)
+
+    kind: Final = "mktme.platform-check"
+    assert verdict(ExitCode.OK) == PlatformCheck(kind, 1, str(file), valid=True)
+    file.write_text("keyid-bits = 16\n")
+    assert verdict(ExitCode.USAGE) == PlatformCheck(
+        kind,
+        1,
+        str(file),
+        valid=False,
+        key="keyid-bits",
+        message=f"{file}:1: keyid-bits: 16 is out of range",
+        hint="allowed: 0 to 15",
+    )
 
 
 @pytest.mark.parametrize("command", ["validate", "show"])

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from mktme import cli
+from mktme import cli, cli_narration
 from mktme.cli import ExitCode
 from mktme.engine.errors import MktmeError
 from mktme.engine.firmware import PlatformConfig
@@ -134,6 +134,7 @@ def test_ranges_of_pages_arrive_in_their_order(mktme: Mktme, asked: Asked) -> No
 
 USES = "private, shared, no-encrypt, other-key"
 FORM = f"write it as SIZE@ADDRESS=USE, such as 16M@64M=shared; uses: {USES}"
+WINDOWS = "--window 4M to 512M, in whole pages, or a share such as 25%"
 REFUSED: dict[str, tuple[str, str, str, str | None]] = {
     "no range": ("", "run --pages 16M", "'16M' is no range of pages", FORM),
     "no use": ("", "run --pages 4K@0=mine", "'4K@0=mine' is no range of pages", FORM),
@@ -173,17 +174,62 @@ REFUSED: dict[str, tuple[str, str, str, str | None]] = {
         "the shadow data path has no window",
         "--datapath inline",
     ),
+    "share without a data path that has a window": (
+        "",
+        "run --window 25%",
+        "the shadow data path has no window",
+        "--datapath inline",
+    ),
+    "window of nothing": (
+        "",
+        "run --datapath inline --window 0",
+        "a window of 0 bytes is too small for a guest to run in",
+        WINDOWS,
+    ),
     "window that is too small": (
         "",
-        "run --datapath inline --window 1M",
-        "a window of 1048576 bytes",
-        "whole pages, 4M to all of the guest's memory",
+        "run --datapath inline --window 4092K",
+        "a window of 4190208 bytes is too small for a guest to run in",
+        WINDOWS,
     ),
-    "window that is none": (
+    "share that is too small": (
         "",
-        "run --datapath inline --window 0%",
-        "'0%' is no share of the guest's memory",
-        "1% to 100%",
+        "run --datapath inline --memory 192M --window 1%",
+        "a window of 2011136 bytes is too small for a guest to run in",
+        WINDOWS.replace("512M", "192M"),
+    ),
+    "window that is larger than memory": (
+        "",
+        "run --datapath inline --window 513M",
+        "a window of 537919488 bytes is larger than the guest's 512M of memory",
+        WINDOWS,
+    ),
+    "window with a part of a page": (
+        "",
+        "run --datapath inline --window 5000001",
+        "a window of 5000001 bytes is not whole pages of 4096 bytes",
+        WINDOWS,
+    ),
+    "window that is no size": (
+        "",
+        "run --datapath inline --window small",
+        "'small' is not a size",
+        "write it as 128M or 25%",
+    ),
+    **{
+        f"share of {share}": (
+            "",
+            f"run --datapath inline --window {share}",
+            f"'{share}' is no share of the guest's memory",
+            "1% to 100%",
+        )
+        for share in ("0%", "200%", "101%", "12.5%", "-5%", "x%", "%", "%%", "\u0665%")
+    },
+    "both trackers with a window": (
+        "",
+        "run --datapath inline --track stores+pages",
+        "the inline data path needs no page tracker",
+        "--track stores, or leave it out",
     ),
     "tracker without use": (
         "",
@@ -372,7 +418,9 @@ def test_progress_is_not_drawn_over_the_report(
 ) -> None:
     """On a terminal, where bars are drawn again and again until they are closed."""
     screen = io.StringIO()
-    monkeypatch.setattr(cli, "err", Console(file=screen, force_terminal=True, width=80))
+    terminal = Console(file=screen, force_terminal=True, width=80)
+    for module in (cli, cli_narration):
+        monkeypatch.setattr(module, "err", terminal)
     monkeypatch.setattr(cli, "out", Console(file=screen, force_terminal=False, width=80))
     asked.left = raising(KeyboardInterrupt())
     assert mktme("run", "--keep").code == ExitCode.OK

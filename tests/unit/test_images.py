@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import lzma
 import os
 import shutil
 import stat
@@ -26,6 +27,7 @@ LIBC = b"\x7fELF libc"
 RECIPE = """
 kernel = "linux-image-amd64"
 cmdline = "console=ttyS0"
+modules = ["virtio_balloon"]
 [packages]
 "bin/busybox" = "busybox-static"
 "lib/ld.so.2" = "libc6"
@@ -34,6 +36,21 @@ cmdline = "console=ttyS0"
 "init" = "init"
 "bin/canary" = "canary"
 """
+
+
+def module(depends: str) -> bytes:
+    """What of a kernel module tells on what others it depends (.modinfo)."""
+    return f"\x7fELF\0license=GPL\0depends={depends}\0name=x\0".encode()
+
+
+# A module's file may be named with hyphens, and what it depends on is not.
+MODULE_DIR = "lib/modules/6.1.0-10-amd64"
+MODULES = {
+    "drivers/virtio/virtio_balloon.ko": module("virtio,virtio_ring"),
+    "drivers/virtio/virtio-ring.ko": module(""),
+    "drivers/virtio/virtio.ko": module("virtio_ring"),
+    "drivers/char/virtio-rng.ko": module("virtio,virtio_ring"),
+}
 
 FAKE_APT_CACHE = """#!/bin/sh
 echo "$@" >>{root}/calls
@@ -88,7 +105,11 @@ def apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeApt:
     monkeypatch.setenv("PATH", f"{apt.root}/bin:{os.environ['PATH']}")
     for abi, version in (("9", "6.1.9-1"), ("10", "6.1.10-1"), ("12", "6.12-1~bpo12+1")):
         kernel = f"linux-image-6.1.0-{abi}-amd64"
-        apt.add(kernel, version, {f"boot/vmlinuz-6.1.0-{abi}-amd64": KERNEL + abi.encode()})
+        modules = {
+            f"{MODULE_DIR.replace('10', abi)}/kernel/{path}": data for path, data in MODULES.items()
+        }
+        vmlinuz = {f"boot/vmlinuz-6.1.0-{abi}-amd64": KERNEL + abi.encode()}
+        apt.add(kernel, version, vmlinuz | modules)
         apt.add("linux-image-amd64", version, {}, depends=f"{kernel} (= {version})")
     apt.add("busybox-static", "1.35-4", {"bin/busybox": BUSYBOX})
     apt.add("libc6", "2.36-9", {"lib/ld.so.2": LINKER, "usr/lib/libc.so.6": LIBC})
@@ -137,6 +158,8 @@ def test_boots_the_files_of_the_releases_newest_kernel(
     assert image.kernel.read_bytes() == KERNEL + b"10"
     assert image.cmdline == "console=ttyS0"
     members = read_newc(image.initrd.read_bytes())
+    for path in [path for path in members if path.startswith("lib/modules")]:
+        del members[path]  # shown below
     assert members == {
         "bin": (stat.S_IFDIR | 0o755, b""),
         "lib": (stat.S_IFDIR | 0o755, b""),
@@ -154,6 +177,80 @@ def test_boots_the_files_of_the_releases_newest_kernel(
         "bin/sh",
         *sorted(members.keys() - {"bin", "lib", "bin/sh"}),
     ]
+
+
+def test_modules_come_with_what_they_depend_on(apt: FakeApt, recipes: Path, cache: Path) -> None:
+    image = ensure("small", recipes=recipes, cache=cache)
+    members = read_newc(image.initrd.read_bytes())
+    files = {
+        path.removeprefix(f"{MODULE_DIR}/"): data
+        for path, (mode, data) in members.items()
+        if path.startswith(MODULE_DIR) and stat.S_ISREG(mode)
+    }
+    needed = {path: data for path, data in MODULES.items() if "virtio-rng" not in path}
+    # In the order of depmod(8): what has to be loaded first comes last.
+    told = """\
+kernel/drivers/virtio/virtio-ring.ko:
+kernel/drivers/virtio/virtio.ko: kernel/drivers/virtio/virtio-ring.ko
+kernel/drivers/virtio/virtio_balloon.ko: kernel/drivers/virtio/virtio.ko \
+kernel/drivers/virtio/virtio-ring.ko
+"""
+    assert files.pop("modules.dep").decode() == told
+    assert files == {f"kernel/{path}": data for path, data in needed.items()}
+    manifest = verify(image, recipes=recipes)
+    assert {one.name for one in manifest.modules} == {"linux-image-6.1.0-10-amd64"}
+    assert {one.member_sha256 for one in manifest.modules} == {
+        sha256(data).hexdigest() for data in needed.values()
+    }
+
+
+def test_compressed_modules_are_left_so(apt: FakeApt, recipes: Path, cache: Path) -> None:
+    """As in Debian 13: below /usr, and .ko.xz."""
+    kernel, version = "linux-image-6.12.1-amd64", "6.12.1-1"
+    directory = "lib/modules/6.12.1-amd64/kernel/drivers"
+    balloon, ring = lzma.compress(module("virtio_ring")), lzma.compress(module(""))
+    modules = {
+        f"usr/{directory}/virtio_balloon.ko.xz": balloon,
+        f"usr/{directory}/virtio_ring.ko.xz": ring,
+    }
+    apt.add(kernel, version, {"boot/vmlinuz-6.12.1-amd64": KERNEL} | modules)
+    apt.add("linux-image-amd64", version, {}, depends=f"{kernel} (= {version})")
+    image = ensure("small", recipes=recipes, cache=cache)
+    verify(image, recipes=recipes)
+    members = read_newc(image.initrd.read_bytes())
+    assert members[f"{directory}/virtio_balloon.ko.xz"][1] == balloon
+    assert members[f"{directory}/virtio_ring.ko.xz"][1] == ring
+
+
+def test_module_that_the_kernel_does_not_have(apt: FakeApt, recipes: Path, cache: Path) -> None:
+    recipe = recipes / "small" / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("virtio_balloon", "virtio_none"))
+    with pytest.raises(ImageError, match="no kernel module virtio_none") as caught:
+        ensure("small", recipes=recipes, cache=cache)
+    assert caught.value.hint is not None
+    assert "built into" in caught.value.hint
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_verify_finds_a_manifest_without_one_of_the_modules(
+    apt: FakeApt, recipes: Path, cache: Path, index: int
+) -> None:
+    image = ensure("small", recipes=recipes, cache=cache)
+    modules = image.manifest.modules
+    fewer = dataclasses.replace(image.manifest, modules=modules[:index] + modules[index + 1 :])
+    (image.kernel.parent / "manifest.json").write_bytes(msgspec.json.encode(fewer))
+    with pytest.raises(ImageError, match="modules of the recipe"):
+        verify(ensure("small", recipes=recipes, cache=cache), recipes=recipes)
+
+
+def test_verify_finds_a_module_that_is_not_the_packages(
+    apt: FakeApt, recipes: Path, cache: Path
+) -> None:
+    image = ensure("small", recipes=recipes, cache=cache)
+    altered = image.initrd.read_bytes().replace(b"name=x", b"name=y", 1)
+    image.initrd.write_bytes(altered)
+    with pytest.raises(ImageError, match="initrd has SHA-256"):
+        verify(image, recipes=recipes)
 
 
 def test_cached_image_needs_no_apt(apt: FakeApt, recipes: Path, cache: Path) -> None:

@@ -13,21 +13,25 @@ work and nothing comes in between; if DRAM does not take it, the page stays.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from mktme.datapath.latency import Latencies
 from mktme.datapath.link import LinkError, VmLink
 from mktme.datapath.stores import StoreTracker
 from mktme.datapath.uffd import Fault, Removed, Userfaultfd
 from mktme.datapath.window import Window
 from mktme.engine.controller import BATCH_PAGES, WORDS_PER_PAGE, MemoryController
 from mktme.engine.dram import Region
+from mktme.engine.errors import DramFullError
+from mktme.engine.pages import as_lines, pack_masks, runs_of_consecutive
 from mktme.engine.xts import LINES_PER_PAGE, PAGE_BYTES
 
 EVICT_PAGES: Final = 64
@@ -100,16 +104,23 @@ class InlineDataPath:
         self._controller = controller
         self._first_dram_page = region.base // PAGE_BYTES
         self._window = window
+        # With so little room left, pages go out while nobody waits for that.
+        self._reserve = min(EVICT_PAGES // 2, window.capacity_pages // 16)
         self._stores = None if link.store_map is None else StoreTracker(link.store_map)
         self._ever_marked = np.zeros(link.ram_pages, dtype=np.uint64)
+        # Marks of pages in the window that were taken from the map to see whether there were any.
+        self._looked_at = np.zeros(link.ram_pages, dtype=np.uint64)
         # Pages that somebody waits for and that could not be had yet: DRAM is full.
-        self._waiting: deque[int] = deque()
+        # With the `time.perf_counter_ns` since when they do.
+        self._waiting: deque[tuple[int, int]] = deque()
         # Bad lines, by page: of those that somebody waits for, and of those in the window.
         self._poisoned: dict[int, int] = {}
         self._released: dict[int, int] = {}
         self.found_poison: deque[Poison] = deque()
         """Poison that was met and nobody was told of yet."""
         self.counters = InlineCounters()
+        self.service_times = Latencies()
+        """From when the engine has read a fault until who waits can go on."""
         self._pages = np.empty((BATCH_PAGES, WORDS_PER_PAGE), dtype=np.uint64)
         self._masks = np.zeros(BATCH_PAGES, dtype=np.uint64)
         self._adopt()
@@ -137,14 +148,23 @@ class InlineDataPath:
             DramError, LinkError, OSError: the VM cannot go on.
         """
         events = self._uffd.read()
+        read_at = time.perf_counter_ns()
         for event in events:
             if isinstance(event, Removed):
                 self._remove(event)
             else:
-                self._note(event)
+                self._note(event, read_at)
         while self._waiting:
-            self._fetch(self._waiting[0])
+            page, since = self._waiting[0]
+            ahead = self._fetch(page)
             self._waiting.popleft()
+            self.service_times.add(time.perf_counter_ns() - since)
+            if ahead:
+                self._read_ahead(page + 1, ahead)
+        if self._window.room < self._reserve:
+            # Nobody waits for it now, who would if the next fault found no room.
+            with suppress(DramFullError):
+                self._evict(EVICT_PAGES)
         return len(events)
 
     def release(self, page: int) -> None:
@@ -187,7 +207,7 @@ class InlineDataPath:
                     self._evict(EVICT_PAGES)
                 self._window.admit(page)
 
-    def _note(self, fault: Fault) -> None:
+    def _note(self, fault: Fault, read_at: int) -> None:
         page = self._link.page_of(fault.address)
         if fault.protected or page in self._poisoned:
             # It was write-protected while it was on its way out, and is gone by now; or it
@@ -196,21 +216,21 @@ class InlineDataPath:
                 self._uffd.wake(self._link.host_address(page), PAGE_BYTES)
             return
         self.counters.faults += 1
-        self._waiting.append(page)
+        self._waiting.append((page, read_at))
 
     def _remove(self, removed: Removed) -> None:
         """The guest gave pages back: they are zero from now on, in DRAM too."""
         first = self._link.page_of(removed.start)
         pages = np.arange(first, self._link.page_of(removed.end - 1) + 1)
         resident = pages[self._window.contains(pages)]
-        for start, size in _runs(resident):
-            for hole, stop in self._link.holes(start, start + size):
+        for page, size in _runs(resident):
+            for hole, stop in self._link.holes(page, page + size):
                 self._window.forget(hole, stop - hole)
         self._controller.discard(self._first_dram_page + first, len(pages))
         self.counters.pages_vanished += len(pages)
 
-    def _fetch(self, page: int, *, poison_is_known: bool = False) -> None:
-        """Bring a page in, and perhaps some behind it."""
+    def _fetch(self, page: int, *, poison_is_known: bool = False) -> int:
+        """Bring a page in; returns how many behind it are worth bringing in, too."""
         host = self._link.host_address(page)
         if page in self._window:
             # Two asked for it, or it was punched away behind our back and is zero.
@@ -218,35 +238,47 @@ class InlineDataPath:
                 self.counters.pages_vanished += 1
             else:
                 self._uffd.wake(host, PAGE_BYTES)
+            return 0
+        if not self._window.room:
+            self._evict(EVICT_PAGES)
+        ahead = 0 if poison_is_known else self._window.read_ahead(page) - 1
+        masks = self._masks[:1]
+        plaintext = self._pages[:1]
+        self._controller.read_pages(self._first_dram_page + page, 1, out=plaintext, poisoned=masks)
+        if masks[0] and not poison_is_known:
+            self._hold_poisoned(page, int(masks[0]))
+            return 0
+        if not self._uffd.copy(host, plaintext, PAGE_BYTES):
+            self._uffd.wake(host, PAGE_BYTES)
+        self._window.admit(page)
+        self.counters.pages_fetched += 1
+        return ahead
+
+    def _read_ahead(self, page: int, count: int) -> None:
+        """Bring in pages that nobody waits for yet; who does meanwhile gets them."""
+        count = min(count, self._window.room, self._pages_to_read_ahead(page))
+        if not count:
             return
-        count = 1 if poison_is_known else self._batch(page)
-        if self._window.room < count:
-            self._evict(max(EVICT_PAGES, count))
-        count = min(count, self._window.room)
         masks = self._masks[:count]
         plaintext = self._pages[:count]
         self._controller.read_pages(
             self._first_dram_page + page, count, out=plaintext, poisoned=masks
         )
-        if not poison_is_known and masks.any():
-            bad = int(np.flatnonzero(masks)[0])
-            if bad == 0:
-                self._hold_poisoned(page, int(masks[0]))
+        if masks.any():
+            count = int(np.flatnonzero(masks)[0])  # what is poisoned is not read ahead
+            if not count:
                 return
-            count = bad  # what is poisoned is not read ahead
-            plaintext = plaintext[:count]
+        host = self._link.host_address(page)
         copied = self._uffd.copy(host, plaintext, count * PAGE_BYTES) // PAGE_BYTES
-        if not copied:
-            self._uffd.wake(host, PAGE_BYTES)
-            copied = 1
         self._window.admit_range(page, copied)
         self.counters.pages_fetched += copied
-        self.counters.pages_read_ahead += copied - 1
+        self.counters.pages_read_ahead += copied
 
-    def _batch(self, page: int) -> int:
-        """How many pages to fetch: those behind, too, if the guest reads on in order."""
-        most = min(BATCH_PAGES, self._link.pages_to_block_end(page))
-        return min(self._window.read_ahead(page), most)
+    def _pages_to_read_ahead(self, page: int) -> int:
+        """How many pages from one on can be read at once."""
+        if page >= self._link.ram_pages:
+            return 0
+        return min(BATCH_PAGES, self._link.pages_to_block_end(page))
 
     def _hold_poisoned(self, page: int, lines: int) -> None:
         self._poisoned[page] = lines
@@ -258,20 +290,20 @@ class InlineDataPath:
         """Let pages go out into DRAM; all of them, or DramError and none."""
         referenced = None if self._stores is None else self._is_marked
         pages = self._window.choose(min(count, BATCH_PAGES), referenced)
-        runs = [(self._link.host_address(int(first)), int(size)) for first, size in _runs(pages)]
-        for host, size in runs:
+        runs = [(page, size, self._link.host_address(page)) for page, size in _runs(pages)]
+        for _, size, host in runs:
             self._uffd.protect(host, size * PAGE_BYTES)
         try:
             self._write(pages)
         except BaseException:
-            for host, size in runs:
+            for _, size, host in runs:
                 self._uffd.unprotect(host, size * PAGE_BYTES)
             self._window.restore(pages)
             raise
         for page in pages.tolist() if self._released else ():
             self._released.pop(page, None)
-        for (first, size), (host, _) in zip(_runs(pages), runs, strict=True):
-            self._link.punch(int(first), int(size))
+        for page, size, host in runs:
+            self._link.punch(page, size)
             self._uffd.wake(host, size * PAGE_BYTES)
         self.counters.pages_evicted += len(pages)
 
@@ -279,11 +311,14 @@ class InlineDataPath:
         """Encrypt pages of the window; only lines that changed are written to DRAM."""
         plaintext = self._pages[: len(pages)]
         index = 0
-        for first, size in _runs(pages):
+        for page, size in _runs(pages):
             part = plaintext[index : index + size]
-            self._link.read_into(int(first) * PAGE_BYTES, memoryview(part.data).cast("B"))
+            self._link.read_into(page * PAGE_BYTES, memoryview(part.data).cast("B"))
             index += size
-        marks = None if self._stores is None else self._stores.take(pages)
+        marks = None
+        if self._stores is not None:
+            marks = self._stores.take(pages) | self._looked_at[pages]
+            self._looked_at[pages] = 0
         changed = self._controller.update_pages(
             pages + self._first_dram_page, plaintext, self._good_lines(pages, plaintext)
         )
@@ -308,21 +343,24 @@ class InlineDataPath:
         for index, page in enumerate(pages.tolist()):
             bad = self._released.get(page, 0)
             if bad:
-                untouched = (plaintext[index].reshape(LINES_PER_PAGE, -1) == _ALL_LINES).all(axis=1)
-                lines = np.packbits(untouched, bitorder="little").view(np.uint64)[0]
+                untouched = (as_lines(plaintext[index]) == _ALL_LINES).all(axis=1)
+                lines = pack_masks(untouched.reshape(1, LINES_PER_PAGE))[0]
                 masks[index] &= ~(lines & np.uint64(bad))
         return masks
 
     def _is_marked(self, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """As `mktme.datapath.window.Referenced`: were they stored to since they were asked about?
+
+        Not "since they came in": then pages that are only read would always be the first to go.
+        """
         assert self._stores is not None
-        marked: npt.NDArray[np.bool_] = self._stores.peek(pages) != 0
+        marks = self._stores.take(pages)
+        self._looked_at[pages] |= marks
+        marked: npt.NDArray[np.bool_] = marks != 0
         return marked
 
 
-def _runs(pages: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+def _runs(pages: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
     """Split ascending page numbers into (first, how many)."""
-    if not len(pages):
-        return []
-    breaks = np.flatnonzero(np.diff(pages) != 1) + 1
-    bounds = [0, *breaks.tolist(), len(pages)]
-    return [(int(pages[start]), stop - start) for start, stop in pairwise(bounds)]
+    for start, stop in runs_of_consecutive(pages):
+        yield int(pages[start]), stop - start

@@ -23,7 +23,8 @@ from mktme.datapath.pages import PageTracker
 from mktme.datapath.stores import StoreTracker
 from mktme.engine.controller import BATCH_PAGES, MemoryController
 from mktme.engine.dram import Region
-from mktme.engine.xts import LINE_BYTES, LINES_PER_PAGE, PAGE_BYTES
+from mktme.engine.pages import as_lines, pack_masks, runs_of_consecutive
+from mktme.engine.xts import LINES_PER_PAGE, PAGE_BYTES
 
 _WORDS_PER_PAGE: Final = PAGE_BYTES // 8
 _ALL_LINES: Final = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
@@ -271,9 +272,9 @@ class ShadowDataPath:
     def _read(self, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
         """The RAM of at most `BATCH_PAGES` pages, uint64 (n, 512), until the next call."""
         plaintext = self._plaintext[: len(pages)]
-        for index, start, stop in _runs(pages):
-            part = plaintext[index : index + stop - start]
-            self._link.read_into(start * PAGE_BYTES, memoryview(part.data).cast("B"))
+        for start, stop in runs_of_consecutive(pages):
+            part = plaintext[start:stop]
+            self._link.read_into(int(pages[start]) * PAGE_BYTES, memoryview(part.data).cast("B"))
         return plaintext
 
     def _meaning(
@@ -286,19 +287,10 @@ class ShadowDataPath:
         masks = np.full(len(pages), _ALL_LINES)
         fresh = np.flatnonzero(~self._shadowed[pages])
         if len(fresh):
-            lines = plaintext[fresh].reshape(len(fresh), LINES_PER_PAGE, LINE_BYTES // 8)
-            nonzero = np.packbits(lines.any(axis=2), axis=1, bitorder="little")
-            masks[fresh] = nonzero.view("<u8").reshape(-1)
+            nonzero = as_lines(plaintext[fresh]).any(axis=1)
+            masks[fresh] = pack_masks(nonzero.reshape(-1, LINES_PER_PAGE))
         return masks
 
 
 def _bits(masks: npt.NDArray[np.uint64]) -> int:
     return int(np.bitwise_count(masks).sum(dtype=np.int64))
-
-
-def _runs(pages: npt.NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
-    """Split ascending page numbers into (index of the first, first page, page after the last)."""
-    breaks = np.flatnonzero(np.diff(pages) != 1) + 1
-    for first, last in zip([0, *breaks.tolist()], [*breaks.tolist(), len(pages)], strict=True):
-        start = int(pages[first])
-        yield first, start, start + last - first

@@ -12,7 +12,7 @@ Arrays of words hold memory's bytes as they are: the host, like its guests, is l
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -211,13 +211,16 @@ class MemoryController:
         stored = self._stored[: len(numbers)]
         for start, stop in runs_of_consecutive(numbers):
             self._dram.read_into(int(numbers[start]) * PAGE_BYTES, stored[start:stop].data)
+        keyids = self._page_keyids[numbers]
         if line_masks is None:
             ciphertext, changed = self._encrypt_pages(numbers, plaintext, stored)
         else:
-            ciphertext, changed = self._encrypt_lines(numbers, plaintext, stored, line_masks)
+            ciphertext, changed = self._encrypt_lines(
+                numbers, plaintext, stored, line_masks, keyids
+            )
         if line_masks is None:
             line_masks = np.full(len(numbers), _ALL_LINES)
-        self._write_pages(numbers, ciphertext, changed, line_masks)
+        self._write_pages(numbers, ciphertext, changed, line_masks, keyids)
         return changed
 
     def rekey_pages(self, first_page: int, count: int, keyid: int) -> None:
@@ -225,7 +228,8 @@ class MemoryController:
 
         Hardware leaves this to software, which has to write back what caches hold under the old
         KeyID first, then copy (336907, 7.4 AddPage and 7.5 EvictPage): so must the caller bring
-        pending writes into DRAM before. Lines never written stay so.
+        pending writes into DRAM before. Lines never written stay so; in plaintext, where they look
+        like zeros that were written, that is pages of nothing but zeros.
 
         Args:
             first_page: page number in DRAM.
@@ -249,7 +253,12 @@ class MemoryController:
         pages, ciphertext = self._stored[:count], self._ciphertext[:count]
         self._dram.read_into(first_page * PAGE_BYTES, pages.data)
         never_written, bad = self._decrypt_pages(numbers, pages, None)
-        self._check_lines(numbers, bad, None)
+        if bad is not None:
+            self._raise_for(numbers, bad, None)
+        unwritten = never_written.reshape(count, LINES_PER_PAGE)
+        for start, stop, cipher, _ in self._domains(numbers, self._page_keyids[numbers]):
+            if cipher is None:
+                unwritten[start:stop] &= unwritten[start:stop].all(axis=1, keepdims=True)
         self._page_keyids[first_page : first_page + count] = keyid
         self._encrypt(
             numbers,
@@ -257,10 +266,11 @@ class MemoryController:
             as_lines(pages),
             self._line_addresses(numbers),
             as_lines(ciphertext),
+            self._page_keyids[numbers],
         )
         as_lines(ciphertext)[never_written] = 0
-        written = pack_masks(~never_written.reshape(count, LINES_PER_PAGE))
-        self._write_pages(numbers, ciphertext, written, written)
+        written = pack_masks(~unwritten)
+        self._write_pages(numbers, ciphertext, written, written, self._page_keyids[numbers])
 
     def discard(self, first_page: int, count: int) -> None:
         """Make pages' lines never-written ones: they read as zeros.
@@ -324,16 +334,19 @@ class MemoryController:
             check_words("out", out, (count, WORDS_PER_PAGE))
         if poisoned is not None:
             check_words("poisoned", poisoned, (count,))
+        if poisoned is not None:
+            poisoned[:] = 0
         for start in range(0, count, BATCH_PAGES):
             batch = out[start : start + BATCH_PAGES]
             self._dram.read_into((first_page + start) * PAGE_BYTES, batch.data)
             numbers = np.arange(first_page + start, first_page + start + len(batch))
             _, bad = self._decrypt_pages(numbers, batch, keyid)
+            if bad is None:
+                continue
             if poisoned is None:
-                self._check_lines(numbers, bad, keyid)
-            else:
-                masks = pack_masks(bad.reshape(-1, LINES_PER_PAGE))
-                poisoned[start : start + BATCH_PAGES] = masks
+                self._raise_for(numbers, bad, keyid)
+            masks = pack_masks(bad.reshape(-1, LINES_PER_PAGE))
+            poisoned[start : start + BATCH_PAGES] = masks
         return out
 
     def read(self, address: int, size_bytes: int, keyid: int | None = None) -> bytearray:
@@ -363,8 +376,51 @@ class MemoryController:
         # What else is on the pages was not asked for.
         bad.reshape(-1)[: offset // LINE_BYTES] = False
         bad.reshape(-1)[(offset + size_bytes) // LINE_BYTES :] = False
-        self._check_lines(np.arange(first, first + count), bad.reshape(-1), keyid)
+        if bad.any():
+            self._raise_for(np.arange(first, first + count), bad.reshape(-1), keyid)
         return bytearray(plaintext.view(np.uint8).reshape(-1)[offset : offset + size_bytes].data)
+
+    def write(self, address: int, plaintext: bytes | bytearray | memoryview, keyid: int) -> None:
+        """Write lines as a reference with a KeyID does, whatever KeyID their pages are assigned.
+
+        As in hardware, nothing looks at whose the memory is: the lines are this KeyID's from now
+        on, with its MACs, or without any if it has no integrity. Their pages' assignment stays,
+        so under the KeyID that the pages are assigned the lines are noise, or poisoned.
+
+        Args:
+            address: of the first line, a multiple of 64.
+            plaintext: whole lines, at most `BATCH_PAGES` pages of them; C-contiguous.
+            keyid: 0 to ``keyid_count - 1``.
+
+        Raises:
+            AddressError: the range is not whole lines of DRAM, or too large.
+            KeyIdError: no such KeyID.
+            DramError: DRAM cannot be read or written; the lines may lack MACs: write them anew.
+        """
+        data = memoryview(plaintext).cast("B")
+        if not data or address % LINE_BYTES or len(data) % LINE_BYTES:
+            raise AddressError(
+                f"{len(data)} bytes at {address:#x} are not whole 64-byte lines", address=address
+            )
+        self._dram.check_range(address, len(data))
+        self._check_keyid(keyid)
+        first, offset = divmod(address, PAGE_BYTES)
+        count = -(-(offset + len(data)) // PAGE_BYTES)
+        if count > BATCH_PAGES:
+            raise AddressError(f"{len(data)} bytes are too many for one write", address=address)
+        numbers, keyids = np.arange(first, first + count), np.full(count, keyid, np.uint16)
+        pages = np.zeros((count, WORDS_PER_PAGE), np.uint64)
+        pages.view(np.uint8).reshape(-1)[offset : offset + len(data)] = np.frombuffer(
+            data, np.uint8
+        )
+        written = np.zeros((count, LINES_PER_PAGE), np.bool_)
+        written.reshape(-1)[offset // LINE_BYTES : (offset + len(data)) // LINE_BYTES] = True
+        masks = pack_masks(written)
+        stored = self._stored[:count]
+        self._dram.read_into(first * PAGE_BYTES, stored.data)
+        ciphertext, _ = self._encrypt_lines(numbers, pages, stored, masks, keyids)
+        # Each of the lines counts as changed: one with the same ciphertext gets this KeyID's MAC.
+        self._write_pages(numbers, ciphertext, masks, masks, keyids)
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -383,6 +439,7 @@ class MemoryController:
             as_lines(plaintext),
             self._line_addresses(numbers),
             as_lines(ciphertext),
+            self._page_keyids[numbers],
         )
         flags = self._flags[:count]
         np.not_equal(ciphertext, stored, out=flags)
@@ -394,6 +451,7 @@ class MemoryController:
         plaintext: NDArray[np.uint64],
         stored: NDArray[np.uint64],
         line_masks: NDArray[np.uint64],
+        keyids: NDArray[np.uint16],
     ) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         """As `_encrypt_pages`, but only the lines in the masks, into ``stored`` itself."""
         chosen = np.flatnonzero(np.unpackbits(line_masks.view(np.uint8), bitorder="little"))
@@ -403,7 +461,7 @@ class MemoryController:
         # mode="clip": with the default, numpy copies into a temporary first.
         np.take(as_lines(plaintext), chosen, axis=0, out=ciphertext, mode="clip")
         addresses = self._line_addresses(numbers)[chosen]
-        self._encrypt(numbers, bounds, ciphertext, addresses, ciphertext)
+        self._encrypt(numbers, bounds, ciphertext, addresses, ciphertext, keyids)
         np.take(as_lines(stored), chosen, axis=0, out=before, mode="clip")
         flags = self._flags.reshape(-1, WORDS_PER_LINE)[: len(chosen)]
         np.not_equal(ciphertext, before, out=flags)
@@ -419,9 +477,10 @@ class MemoryController:
         lines: NDArray[np.uint64],
         addresses: NDArray[np.uint64],
         out: NDArray[np.uint64],
+        keyids: NDArray[np.uint16],
     ) -> None:
         """Encrypt lines of some pages; those of page k are lines bounds[k] to bounds[k + 1]."""
-        for start, stop, cipher, _ in self._domains(numbers, self._page_keyids[numbers]):
+        for start, stop, cipher, _ in self._domains(numbers, keyids):
             part = slice(bounds[start], bounds[stop])
             if cipher is None:
                 out[part] = lines[part]
@@ -434,12 +493,10 @@ class MemoryController:
         ciphertext: NDArray[np.uint64],
         changed: NDArray[np.uint64],
         chosen: NDArray[np.uint64],
+        keyids: NDArray[np.uint16],
     ) -> None:
         """Write pages whose masks of changed lines are not 0, and chosen lines' MACs."""
-        domains = [
-            (start, stop, macs)
-            for start, stop, _, macs in self._domains(numbers, self._page_keyids[numbers])
-        ]
+        domains = [(start, stop, macs) for start, stop, _, macs in self._domains(numbers, keyids)]
         dirty, update = changed != 0, None
         if self._dram.has_macs or any(macs is not None for _, _, macs in domains):
             addresses = self._line_addresses(numbers)
@@ -459,15 +516,17 @@ class MemoryController:
 
     def _decrypt_pages(
         self, numbers: NDArray[np.int64], pages: NDArray[np.uint64], keyid: int | None
-    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_] | None]:
         """Decrypt in place; return which lines were never written, and which are poisoned.
 
-        Each has shape (n * 64,).
+        Each has shape (n * 64,); there is None in place of no poisoned lines. A page fault waits
+        for this, and what costs is the number of numpy calls: none is here that is not needed.
         """
         flags = self._flags[: len(numbers)]
         np.not_equal(pages, 0, out=flags)
         never_written: NDArray[np.bool_] = ~any_of_line(flags).reshape(-1)
-        bad = np.zeros(len(never_written), np.bool_)
+        all_written = not never_written.any()
+        bad: NDArray[np.bool_] | None = None
         lines = as_lines(pages)
         addresses = self._line_addresses(numbers)
         keyids = self._page_keyids[numbers] if keyid is None else np.full(len(numbers), keyid)
@@ -475,13 +534,16 @@ class MemoryController:
             part = slice(start * LINES_PER_PAGE, stop * LINES_PER_PAGE)
             if macs is not None:
                 entries = read_entries(self._dram, numbers[start:stop]).reshape(-1)
-                bad[part] = macs.find_bad(
-                    lines[part], addresses[part], never_written[part], entries
-                )
-            if cipher is not None and not never_written[part].all():
+                found = macs.find_bad(lines[part], addresses[part], never_written[part], entries)
+                if found.any():
+                    bad = np.zeros(len(never_written), np.bool_) if bad is None else bad
+                    bad[part] = found
+            if cipher is not None and (all_written or not never_written[part].all()):
                 cipher.decrypt_lines(lines[part], addresses[part], out=lines[part])
-        lines[never_written] = 0
-        lines[bad] = _POISON
+        if not all_written:
+            lines[never_written] = 0
+        if bad is not None:
+            lines[bad] = _POISON
         return never_written, bad
 
     def _domains(
@@ -491,10 +553,11 @@ class MemoryController:
 
         There is no cipher for plaintext, and nothing for MACs without integrity.
         """
-        domains = keyids.astype(np.int64)
+        domains: NDArray[np.integer[Any]] = keyids
         if self._exclusion is not None:
             mask, base = self._exclusion.mask, self._exclusion.base
             excluded = (numbers * PAGE_BYTES) & mask == base & mask
+            domains = keyids.astype(np.int64)
             domains[(domains == 0) & excluded] = _EXCLUDED
         for start, stop in runs_of_equal(domains):
             domain = int(domains[start])
@@ -510,16 +573,15 @@ class MemoryController:
         np.add(bases[:, np.newaxis], self._line_offsets, out=addresses)
         return addresses.reshape(-1)
 
-    def _check_lines(
+    def _raise_for(
         self, numbers: NDArray[np.int64], bad: NDArray[np.bool_], keyid: int | None
-    ) -> None:
-        """Raise IntegrityError if any line of pages is poisoned."""
-        if bad.any():
-            page, line = divmod(int(bad.argmax()), LINES_PER_PAGE)
-            address = int(numbers[page]) * PAGE_BYTES + line * LINE_BYTES
-            if keyid is None:
-                keyid = self.keyid_at(address)
-            raise IntegrityError(address=address, keyid=keyid)
+    ) -> NoReturn:
+        """Raise IntegrityError for the first poisoned line of pages."""
+        page, line = divmod(int(bad.argmax()), LINES_PER_PAGE)
+        address = int(numbers[page]) * PAGE_BYTES + line * LINE_BYTES
+        if keyid is None:
+            keyid = self.keyid_at(address)
+        raise IntegrityError(address=address, keyid=keyid)
 
     def _check_keyid(self, keyid: int) -> None:
         if not 0 <= keyid < self._keys.keyid_count:

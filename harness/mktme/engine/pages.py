@@ -17,6 +17,8 @@ WORDS_PER_LINE: Final = LINE_BYTES // 8
 
 def runs_of_equal(values: NDArray[np.integer[Any]]) -> Iterator[tuple[int, int]]:
     """Split values into runs of equal ones: (index of the first, index behind the last)."""
+    if len(values) == 1:  # the page of a fault: half of what a call costs is saved
+        return iter(((0, 1),))
     return _runs(len(values), values[1:] != values[:-1])
 
 

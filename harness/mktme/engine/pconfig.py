@@ -39,7 +39,7 @@ class Command(enum.IntEnum):
 
 
 class Status(enum.IntEnum):
-    """What PCONFIG leaves in RAX; ZF is set unless it is 0 (336907 table 6-6)."""
+    """What PCONFIG leaves in RAX (336907 table 6-6)."""
 
     PROG_SUCCESS = 0
     INVALID_PROG_CMD = 1
@@ -47,6 +47,11 @@ class Status(enum.IntEnum):
     INVALID_KEYID = 3
     INVALID_ENC_ALG = 4
     DEVICE_BUSY = 5
+
+    @property
+    def zf(self) -> bool:
+        """What it leaves in RFLAGS.ZF, which software looks at first."""
+        return self is not Status.PROG_SUCCESS
 
 
 def encode(

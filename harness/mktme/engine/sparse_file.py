@@ -124,8 +124,9 @@ class SparseFile:
         Raises:
             DramFullError: there is no space; ``address`` is what the first byte not written
                 stands for.
-            DramError: the file cannot be written.
+            DramError: the file cannot be written, or was cut short.
         """
+        self._check_size()
         view = memoryview(buffer).cast("B")
         done = 0
         while done < len(view):
@@ -162,6 +163,16 @@ class SparseFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def _check_size(self) -> None:
+        """Look whether the file was cut short.
+
+        A write behind the cut would make it longer again, and what was lost would be a hole: lines
+        that were never written, which read as zeros.
+        """
+        size = os.fstat(self._fd).st_size
+        if size < self.size_bytes:
+            raise DramError(f"{self.path}: cut short at {size:#x}")
 
     def _raise(self, what: str, error: OSError, offset: int) -> NoReturn:
         message = f"{self.path}: {what} at {offset:#x}: {error.strerror}"

@@ -210,6 +210,11 @@ class Tme:
         return ExclusionRange(self._exclude_mask & self._address_bits, self._exclude_base)
 
     @property
+    def algorithms(self) -> tuple[Algorithm, ...]:
+        """What PCONFIG may choose: the activated algorithms."""
+        return decode_algorithms(self.activate.algorithms)
+
+    @property
     def mktme_keyids(self) -> int:
         """How many KeyIDs PCONFIG can program: 1 to this number. 0 before activation."""
         fields = self.activate
@@ -350,6 +355,11 @@ def can_be_policy(algorithm: Algorithm, revision: Revision) -> bool:
 def encode_algorithms(algorithms: frozenset[Algorithm] | tuple[Algorithm, ...]) -> int:
     """Algorithms as the mask that registers hold."""
     return sum(1 << ENCODINGS[one] for one in set(algorithms))
+
+
+def decode_algorithms(mask: int) -> tuple[Algorithm, ...]:
+    """The inverse of `encode_algorithms`; bits of no algorithm are let go."""
+    return tuple(one for one, number in ENCODINGS.items() if mask >> number & 1)
 
 
 def _refusal(msr: int, value: int, why: str) -> GeneralProtection:

@@ -14,7 +14,7 @@ from typing import Literal
 from mktme.engine import tme as msrs
 from mktme.engine.firmware import PlatformConfig, boot
 from mktme.engine.keys import KeyMode, KeyTable
-from mktme.engine.tme import ENCODINGS, MSR_NAMES, Revision, Tme, TmeActivate
+from mktme.engine.tme import MSR_NAMES, Revision, Tme, TmeActivate, decode_algorithms
 from mktme.engine.xts import PAGE_BYTES, Algorithm
 from mktme.service import wire
 
@@ -131,6 +131,41 @@ class KeyIdReport:
     free: int
 
 
+@dataclass(frozen=True, slots=True)
+class KeyIdChange:
+    """The document of `mktme keyid program` and `mktme keyid clear`.
+
+    Attributes:
+        mode: how it is programmed now, None if it is not any more and as KeyID 0.
+        algorithm: None for plaintext, or with `mode` None.
+    """
+
+    schema: Literal["mktme.keyid-change"]
+    version: Literal[1]
+    keyid: int
+    mode: KeyMode | None
+    algorithm: Algorithm | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlatformCheck:
+    """The document of `mktme platform validate`.
+
+    Attributes:
+        key: the setting that is wrong, None if none is.
+        message: what is wrong, with the file and the line where that is certain.
+        hint: what is allowed.
+    """
+
+    schema: Literal["mktme.platform-check"]
+    version: Literal[1]
+    file: str
+    valid: bool
+    key: str | None = None
+    message: str | None = None
+    hint: str | None = None
+
+
 def describe(config: PlatformConfig, file: str | None = None) -> PlatformReport:
     """Run the firmware's sequence on registers of their own, and tell what it leaves.
 
@@ -180,9 +215,9 @@ def describe_registers(
         address_bits=bits - activate.keyid_bits,
         keyid_bits=activate.keyid_bits,
         keyids=rdmsr(msrs.IA32_MKTME_KEYID_PARTITIONING) & 0xFFFF_FFFF,
-        algorithms=_algorithms_of(activate.algorithms),
+        algorithms=decode_algorithms(activate.algorithms),
         encryption=encryption if active else Encryption.OFF,
-        policy=_algorithms_of(1 << activate.policy)[0] if active else None,
+        policy=decode_algorithms(1 << activate.policy)[0] if active else None,
         save_key_for_standby=activate.save_key,
         exclusion=excluded,
         registers=tuple(_register(msr, rdmsr(msr), config) for msr in MSR_NAMES),
@@ -224,12 +259,8 @@ def _either(no: str, yes: str) -> Callable[[int], str]:
     return lambda value: yes if value else no
 
 
-def _algorithms_of(mask: int) -> tuple[Algorithm, ...]:
-    return tuple(one for one, number in ENCODINGS.items() if mask >> number & 1)
-
-
 def _names(mask: int) -> str:
-    return ", ".join(one.value for one in _algorithms_of(mask)) or "none"
+    return ", ".join(one.value for one in decode_algorithms(mask)) or "none"
 
 
 def _page_address(value: int) -> str:

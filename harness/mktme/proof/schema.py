@@ -11,8 +11,14 @@ from pathlib import Path
 from typing import Final
 
 from mktme.proof.bench import BenchReport
-from mktme.proof.platform_report import KeyIdReport, PlatformReport
+from mktme.proof.platform_report import (
+    KeyIdChange,
+    KeyIdReport,
+    PlatformCheck,
+    PlatformReport,
+)
 from mktme.proof.report import RunReport, json_schema
+from mktme.proof.tamper import TamperReport
 from mktme.vm.doctor import DoctorReport
 
 DOCUMENTS: Final[dict[str, type]] = {
@@ -20,7 +26,10 @@ DOCUMENTS: Final[dict[str, type]] = {
     "bench-1.json": BenchReport,
     "doctor-1.json": DoctorReport,
     "platform-1.json": PlatformReport,
+    "platform-check-1.json": PlatformCheck,
     "keyid-1.json": KeyIdReport,
+    "keyid-change-1.json": KeyIdChange,
+    "tamper-1.json": TamperReport,
 }
 
 

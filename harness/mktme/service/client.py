@@ -28,6 +28,7 @@ from mktme.engine.firmware import PlatformConfig
 from mktme.engine.keys import KeyMode
 from mktme.engine.package import PowerEvent
 from mktme.engine.pconfig import Status
+from mktme.engine.tme import IA32_TME_CAPABILITY
 from mktme.engine.xts import Algorithm
 from mktme.service import wire
 
@@ -80,6 +81,7 @@ class EngineClient:
         self._waiting: deque[Future[wire.Reply]] = deque()
         self._lock = threading.Lock()
         self._gone = False
+        self._why_gone = "the engine is gone"
         self._reader = threading.Thread(target=self._receive, name="mktme-client", daemon=True)
         self._reader.start()
         try:
@@ -103,6 +105,14 @@ class EngineClient:
     def status(self) -> wire.Status:
         """The platform's keys, VMs and memory as of now."""
         return self._call(wire.GetStatus(), wire.Status)
+
+    def ping(self) -> Future[wire.Reply]:
+        """Ask for anything at all; done when the engine has answered, or is gone.
+
+        Raises:
+            EngineGoneError: it is gone already.
+        """
+        return self._send(wire.ReadMsr(msr=IA32_TME_CAPABILITY))
 
     def add_vm(
         self,
@@ -150,6 +160,16 @@ class EngineClient:
         """Read DRAM through the engine, whoever's it is; see `wire.ReadDram`."""
         request = wire.ReadDram(address=address, size_bytes=size_bytes, keyid=keyid)
         return self._call(request, wire.Data).data
+
+    def write_dram(self, address: int, data: bytes, keyid: int) -> None:
+        """Write DRAM through the engine, whoever's it is; see `wire.WriteDram`.
+
+        What is too long for one request goes in several.
+        """
+        for start in range(0, len(data), wire.WRITE_MAX_BYTES):
+            part = data[start : start + wire.WRITE_MAX_BYTES]
+            request = wire.WriteDram(address=address + start, data=part, keyid=keyid)
+            self._call(request, wire.Done)
 
     def rdmsr(self, msr: int) -> int:
         """Execute RDMSR on the package."""
@@ -216,6 +236,18 @@ class EngineClient:
         """Write the DRAM image's description; returns its path."""
         return Path(self._call(wire.WriteSidecar(), wire.SidecarWritten).path)
 
+    def give_up(self, why: str) -> None:
+        """As `close`, of an engine that does not answer: whoever asks it is told why; any thread.
+
+        Args:
+            why: message of the `EngineGoneError`.
+        """
+        with self._lock:
+            if not self._gone:
+                self._why_gone = why
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """End the connection; what still waits for an answer gets `EngineGoneError`."""
         with contextlib.suppress(OSError):
@@ -232,26 +264,33 @@ class EngineClient:
     def _call(
         self, request: wire.Request, expected: type[_R], timeout_s: float = CALL_TIMEOUT_S
     ) -> _R:
-        answer: Future[wire.Reply] = Future()
-        data = wire.frame(request)
-        with self._lock:  # the order of the frames is the order of the answers
-            if self._gone:
-                raise EngineGoneError("the engine is gone")
-            self._waiting.append(answer)
-            try:
-                self._socket.sendall(data)
-            except OSError as error:
-                raise EngineGoneError("the engine is gone") from error
+        answer = self._send(request)
         try:
             reply = answer.result(timeout_s)
         except TimeoutError as error:
             name = type(request).__name__
-            raise ServiceError(f"the engine did not answer {name} in {timeout_s:g} s") from error
+            raise ServiceError(
+                f"the engine did not answer {name} in {timeout_s:g} s",
+                hint="look whether it is stopped, or waits for the disk that DRAM is on",
+            ) from error
         if isinstance(reply, wire.Failure):
             raise EngineRefusedError(reply)
         if not isinstance(reply, expected):
             raise ServiceError(f"the engine answered with {type(reply).__name__}")
         return reply
+
+    def _send(self, request: wire.Request) -> Future[wire.Reply]:
+        answer: Future[wire.Reply] = Future()
+        data = wire.frame(request)
+        with self._lock:  # the order of the frames is the order of the answers
+            if self._gone:
+                raise EngineGoneError(self._why_gone)
+            self._waiting.append(answer)
+            try:
+                self._socket.sendall(data)
+            except OSError as error:
+                raise EngineGoneError(self._why_gone) from error
+        return answer
 
     def _receive(self) -> None:
         try:
@@ -271,7 +310,7 @@ class EngineClient:
             waiting = tuple(self._waiting)
             self._waiting.clear()
         for answer in waiting:
-            answer.set_exception(EngineGoneError("the engine is gone"))
+            answer.set_exception(EngineGoneError(self._why_gone))
         self.events.put(None)
 
     def _messages(self) -> Iterator[wire.Reply | wire.Event]:
@@ -342,6 +381,11 @@ class EngineProcess:
     def __exit__(self, *_error: object) -> None:
         self.client.close()
         self._stop()
+
+    def give_up(self, why: str) -> None:
+        """End an engine that does not answer, from any thread; see `EngineClient.give_up`."""
+        self.client.give_up(why)
+        self.process.kill()
 
     def _stop(self) -> None:
         """The owner's connection is closed: the engine ends by itself, or is made to."""

@@ -112,7 +112,8 @@ class KeyIds:
         region = vm.region
         self._package.controller.assign(region.base, region.size_bytes, 0)
         for keyid in (vm.keyid, *vm.further_keyids):
-            self._clear(keyid)
+            if self._package.keys.is_programmed(keyid):  # unless a raw PCONFIG cleared it
+                self._clear(keyid)
 
     async def assign(self, vm: Vm, request: wire.AssignPages) -> None:
         """Give some of a VM's pages to another KeyID, `lock` held.
@@ -140,6 +141,7 @@ class KeyIds:
             if vm.path is not None:
                 await self._drains.run(vm, lambda path: path.drain())
             with self._package.keys.lock:
+                self._check_usable(vm, keyid)  # a raw PCONFIG may have come in between
                 for start in range(0, count, BATCH_PAGES):
                     length = min(BATCH_PAGES, count - start)
                     try:
@@ -197,7 +199,7 @@ class KeyIds:
 
     def _clear(self, keyid: int) -> None:
         # CLEAR_KEY too wants an activated algorithm, though it does not use it.
-        self._package.program(keyid, Command.CLEAR_KEY, self._package.config.algorithms[0])
+        self._package.program(keyid, Command.CLEAR_KEY, self._package.tme.algorithms[0])
 
     def _disown(self, keyid: int) -> None:
         for vm in self._vms.values():
@@ -228,10 +230,10 @@ class KeyIds:
             )
 
     def _check_usable(self, vm: Vm, keyid: int) -> None:
-        if keyid == 0 or keyid in (vm.keyid, *vm.further_keyids):
+        if keyid == 0:
             return
         for other in self._vms.values():
-            if keyid in (other.keyid, *other.further_keyids):
+            if other is not vm and keyid in (other.keyid, *other.further_keyids):
                 raise KeyIdError(f"KeyID {keyid} is {other.name}'s", keyid=keyid)
         if not self._package.keys.is_programmed(keyid):
             raise KeyIdError(

@@ -63,6 +63,8 @@ class Requests:
                 return self._read_vm(request)
             case wire.ReadDram(address=address, size_bytes=size, keyid=keyid):
                 return self._read(address, size, keyid)
+            case wire.WriteDram(address=address, data=data, keyid=keyid):
+                self.controller.write(address, data, keyid)
             case wire.ReadMarks():
                 return self._marks(request)
             case wire.WriteSidecar():

@@ -154,6 +154,8 @@ def vm_status(vm: Vm, controller: MemoryController) -> wire.VmStatus:
             window_bytes=window.capacity_pages * PAGE_BYTES,
             resident_bytes=window.resident_pages * PAGE_BYTES,
             peak_bytes=window.peak_pages * PAGE_BYTES,
+            fault_median_s=vm.path.service_times.percentile(0.5),
+            fault_p99_s=vm.path.service_times.percentile(0.99),
             **dataclasses.asdict(vm.path.counters),
             **stores,
         )

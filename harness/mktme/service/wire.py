@@ -34,6 +34,7 @@ PROTOCOL_VERSION: Final = 2
 LENGTH_BYTES: Final = 4
 REQUEST_MAX_BYTES: Final = 64 << 10
 READ_MAX_BYTES: Final = 4 << 20
+WRITE_MAX_BYTES: Final = REQUEST_MAX_BYTES - (4 << 10)  # the rest of a request has room beside it
 NAME_MAX_CHARACTERS: Final = 255
 PAGE_RANGES_MAX: Final = 1024
 REPLY_MAX_BYTES: Final = READ_MAX_BYTES + (64 << 10)
@@ -146,6 +147,27 @@ class ReadDram(_Command, frozen=True):
     keyid: int | None = None
 
 
+class WriteDram(_Command, frozen=True):
+    """Write DRAM through the engine, whoever's it is, as a reference with `keyid` would.
+
+    It is what software that maps another's page under a KeyID of its own can do, which no MKTME
+    prevents and integrity reveals: the pages stay assigned to the KeyID that they were. Of an
+    `inline` VM, pages in the window are not touched; DRAM gets them anew when they leave it.
+
+    For owners only. It gives them nothing that they could not have: an owner reads every VM's
+    memory, chooses KeyIDs, starts the VMs' QEMUs, and has the DRAM file (docs/adr/0006).
+
+    Attributes:
+        address: of the first line, a multiple of 64.
+        data: plaintext, whole lines of 64 bytes, at most `WRITE_MAX_BYTES`.
+        keyid: what to encrypt with.
+    """
+
+    address: int
+    data: Annotated[bytes, msgspec.Meta(max_length=WRITE_MAX_BYTES)]
+    keyid: int
+
+
 class ReadMarks(_Command, frozen=True):
     """Ask which lines of a VM's pages the store tracker ever reported."""
 
@@ -255,6 +277,7 @@ Command: TypeAlias = (
     | FlushVm
     | ReadVm
     | ReadDram
+    | WriteDram
     | ReadMarks
     | WriteSidecar
     | ReadMsr
@@ -356,6 +379,9 @@ class Paging(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         service_s: time spent serving faults and flushing, seconds.
         resident_bytes: plaintext in the window now.
         peak_bytes: the most that ever was.
+        fault_median_s: from when the engine has read a fault until who waits can go on, seconds;
+            half of the faults took no longer. None without any.
+        fault_p99_s: as that, of 99 of 100 faults.
         tlb_misses: of the plugin's micro-TLB, None without the store tracker; so the next three.
     """
 
@@ -372,6 +398,8 @@ class Paging(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     lines_stored: int
     pages_vanished: int
     pages_poisoned: int
+    fault_median_s: float | None = None
+    fault_p99_s: float | None = None
     tlb_misses: int | None = None
     tlb_flushes: int | None = None
     tlb_checked: int | None = None

@@ -22,9 +22,11 @@ from mktme.engine.errors import MktmeError
 READY: Final = "@mktme ready"
 _LOG_LINES: Final = 5
 _NOTHING: Final = "(?!)"  # matches nowhere
+_PANIC: Final = r"Kernel panic - not syncing: ([^\r\n]*)\r?\n"  # Linux, kernel/panic.c
 _FOUND: Final = 0
 _ENDED: Final = 1
 _TIMED_OUT: Final = 2
+_PANICKED: Final = 3
 
 
 class VmError(MktmeError):
@@ -33,6 +35,18 @@ class VmError(MktmeError):
 
 class VmLostError(VmError):
     """A guest's console ended or fell silent: QEMU is gone, or the guest hangs."""
+
+
+class GuestPanicError(VmLostError):
+    """The guest's kernel panicked.
+
+    Attributes:
+        said: what the console said since it was waited for, the panic included.
+    """
+
+    def __init__(self, message: str, said: str) -> None:
+        super().__init__(message)
+        self.said = said
 
 
 class GuestCommandError(VmError):
@@ -69,14 +83,14 @@ class Console:
     """
 
     def __init__(self, path: Path, transcript: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
+        self._path = path
         self._transcript = transcript.open("wb")
-        try:
-            self._socket.connect(str(path))
-            self._spawn = _Line(self._socket, self._transcript)
-        except BaseException:
-            self.close()
-            raise
+        self._connect()
+
+    def reconnect(self) -> None:
+        """Follow the guest to another QEMU, which listens where the one before did."""
+        self._socket.close()
+        self._connect()
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until the guest has booted to its shell.
@@ -91,13 +105,15 @@ class Console:
 
         Raises:
             VmLostError: the guest did not finish it in time, or its console ended.
+            GuestPanicError: the guest's kernel panicked meanwhile.
             GuestCommandError: it exited with another status than 0, and `check` is set.
         """
         token = secrets.token_hex(8)
         # Split in the command, whole in the answer: an echoing terminal cannot fool us.
         self._send(f"{command}; echo @mktme-''{token} $?")
         pattern = rf"@mktme-{token} (\d+)\r?\n"
-        match = self._expect(pattern, timeout_s, f"running '{command.split()[0]}'")
+        doing = f"running '{command.split()[0]}'"
+        match = self._expect(pattern, timeout_s, doing, unless=_PANIC)
         output = match.string[: match.start()].decode(errors="replace").replace("\r\n", "\n")
         status = int(match[1])
         if check and status != 0:
@@ -119,11 +135,20 @@ class Console:
         self._socket.close()
         self._transcript.close()
 
-    def _wait(self, pattern: str, timeout_s: float) -> int:
-        """Wait for `pattern`: `_FOUND`, `_ENDED` or `_TIMED_OUT`."""
+    def _connect(self) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            self._socket.connect(str(self._path))
+            self._spawn = _Line(self._socket, self._transcript)
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait(self, pattern: str, timeout_s: float, unless: str = _NOTHING) -> int:
+        """Wait for `pattern`: `_FOUND`, `_ENDED`, `_TIMED_OUT`, or `_PANICKED` for `unless`."""
         try:
             found: int = self._spawn.expect(
-                [pattern, pexpect.EOF, pexpect.TIMEOUT], timeout=timeout_s
+                [pattern, pexpect.EOF, pexpect.TIMEOUT, unless], timeout=timeout_s
             )
         except OSError:  # a QEMU that is killed resets the connection
             return _ENDED
@@ -135,10 +160,17 @@ class Console:
         except OSError as error:
             raise VmLostError("the guest's console ended") from error
 
-    def _expect(self, pattern: str, timeout_s: float, doing: str) -> re.Match[bytes]:
-        found = self._wait(pattern, timeout_s)
+    def _expect(
+        self, pattern: str, timeout_s: float, doing: str, unless: str = _NOTHING
+    ) -> re.Match[bytes]:
+        found = self._wait(pattern, timeout_s, unless)
         if found == _FOUND:
             return cast("re.Match[bytes]", self._spawn.match)
+        if found == _PANICKED:
+            panic = cast("re.Match[bytes]", self._spawn.match)
+            said = panic.string[: panic.end()].decode(errors="replace").replace("\r\n", "\n")
+            last = said.splitlines()[-1]
+            raise GuestPanicError(f"the guest was lost while {doing}: {last}", said)
         what = "its console ended" if found == _ENDED else f"no answer in {timeout_s:g} s"
         tail = self._spawn.before if isinstance(self._spawn.before, bytes) else b""
         lines = tail.decode(errors="replace").split("\n")[-_LOG_LINES:]

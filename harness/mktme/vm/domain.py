@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import threading
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -38,8 +39,12 @@ _MTREE_RAM: Final = re.compile(
 _MCI_STATUS: Final = 0xBD80_0000_0000_0134
 _MCG_STATUS: Final = 0x7  # RIPV, EIPV, MCIP
 _MCI_MISC: Final = 0x8C  # the address is physical, and good to 4 KiB
-_MONITOR_TIMEOUT_S: Final = 10.0
+# Within milliseconds, unless the machine is very busy.
+_QUEUE_TIMEOUT_S: Final = 5.0
+_SUSPEND_TIMEOUT_S: Final = 30.0
 _POLL_S: Final = 0.002
+# Of QEMU's jobs, those that make a file or take a snapshot.
+_JOB_POLL_S: Final = 0.02
 
 ET.register_namespace("qemu", _QEMU_NAMESPACE)
 
@@ -51,6 +56,7 @@ class DomainSpec:
     Attributes:
         plugin: the `-plugin` argument, None to run without.
         inline: whether its memory is a window, which bears less than all of it would.
+        disk: a raw image for it to have as its first virtio disk, None for a guest without.
         console_socket: where QEMU is to listen for the serial console.
     """
 
@@ -63,6 +69,7 @@ class DomainSpec:
     emulator: Path
     plugin: str | None = None
     inline: bool = False
+    disk: Path | None = None
 
 
 # All that TCG can do, as an Intel processor with TME (Sapphire Rapids): Linux looks for TME, and
@@ -111,7 +118,13 @@ def domain_xml(spec: DomainSpec) -> str:
     serial = _child(devices, "serial", type="unix")
     _child(serial, "source", mode="bind", path=str(spec.console_socket))
     _child(serial, "target", port="0")
-    _child(devices, "memballoon", model="virtio")
+    if spec.disk is not None:
+        disk = _child(devices, "disk", type="file", device="disk")
+        _child(disk, "driver", name="qemu", type="raw")
+        _child(disk, "source", file=str(spec.disk))
+        _child(disk, "target", dev="vda", bus="virtio")
+    # A guest that loads the driver gives back what it does not use, and DRAM holds less of it.
+    _child(devices, "memballoon", model="virtio", freePageReporting="on")
     arguments = ET.SubElement(domain, f"{{{_QEMU_NAMESPACE}}}commandline")
     # libvirt knows the model but no way to another vendor; QEMU takes the last -cpu.
     values = ["-cpu", _CPU]
@@ -134,15 +147,31 @@ class Domain:
     The guest starts to run only after its console is connected, so not a byte of it is lost.
     `started` is the `time.monotonic` of that moment. `trouble` is what keeps it from running, if
     something does.
+
+    Args:
+        host: where.
+        spec: what to start.
+        transcript: file for what its console says.
+        label: what the user calls it.
+        fault: asked why its memory is not served any more, None if it is; with True, its plugin
+            has ended its QEMU.
     """
 
-    def __init__(self, host: Host, spec: DomainSpec, transcript: Path, label: str) -> None:
+    def __init__(
+        self,
+        host: Host,
+        spec: DomainSpec,
+        transcript: Path,
+        label: str,
+        fault: Callable[[bool], str | None] = lambda _ended: None,
+    ) -> None:
         self.spec = spec
         self.label = label
         self.trouble: str | None = None
         self._holding = threading.Lock()
         self._host = host
         self._transcript = transcript
+        self._fault = fault
 
     def __enter__(self) -> Self:
         flags = libvirt.VIR_DOMAIN_START_PAUSED
@@ -194,25 +223,53 @@ class Domain:
             self.resume()
 
     def suspend(self) -> None:
-        """Stop the vCPUs."""
-        self._call(self._domain.suspend)
+        """Stop the vCPUs.
+
+        Raises:
+            VmLostError: there is no QEMU any more, or its vCPUs do not stop: of an `inline` guest,
+                one may be waiting for memory.
+        """
+        stopped: Future[None] = Future()
+
+        def stop() -> None:
+            try:
+                self._domain.suspend()
+            except libvirt.libvirtError as error:
+                stopped.set_exception(error)
+            else:
+                stopped.set_result(None)
+
+        # In a thread of its own, which ends with QEMU at the latest: who is in libvirt hears
+        # neither a deadline nor Ctrl-C.
+        threading.Thread(target=stop, name="mktme-suspend", daemon=True).start()
+        try:
+            self._call(lambda: stopped.result(_SUSPEND_TIMEOUT_S))
+        except TimeoutError as error:
+            why = f"{self.label}: its vCPUs did not stop in {_SUSPEND_TIMEOUT_S:g} s"
+            raise VmLostError(self.reason(why)) from error
 
     def resume(self) -> None:
         """Let the vCPUs run, or, while the guest is held, have `release` do so."""
         with self._holding:
-            if self.trouble is None:
+            if self.trouble is None or self.spec.inline:
                 self._call(self._domain.resume)
 
     def hold(self, trouble: str) -> None:
-        """Stop the vCPUs until `release`, whoever else resumes them; from any thread."""
+        """Stop the vCPUs until `release`, whoever else resumes them; from any thread.
+
+        Those of an `inline` guest are left alone: they stop by themselves at the next page that
+        they lack, and until then nothing of theirs is lost.
+        """
         with self._holding:
-            self.suspend()
+            if not self.spec.inline:
+                self.suspend()
             self.trouble = trouble
 
     def release(self) -> None:
         """End a `hold`."""
         with self._holding:
-            self._call(self._domain.resume)
+            if not self.spec.inline:
+                self._call(self._domain.resume)
             self.trouble = None
 
     @property
@@ -235,6 +292,116 @@ class Domain:
             self.console.send("poweroff -f")
             self.console.wait_end(timeout_s)
 
+    def reset(self, timeout_s: float) -> None:
+        """Push the reset button, and wait for the guest's shell: the same QEMU boots it anew.
+
+        Raises:
+            VmError: there is no QEMU any more, or the guest did not boot in time.
+        """
+        self._call(self._domain.reset)
+        with self.explained():
+            self.console.wait_ready(timeout_s)
+
+    def reboot(self, timeout_s: float) -> None:
+        """Have the guest reboot by itself, and wait for its shell; otherwise as `reset`."""
+        with self.explained():
+            self.console.send("reboot -f")
+            self.console.wait_ready(timeout_s)
+
+    def balloon(self, memory_bytes: int, timeout_s: float) -> None:
+        """Have the guest give memory back, or take it again, until it has `memory_bytes`.
+
+        Its driver, `virtio_balloon`, has to be loaded.
+
+        Raises:
+            VmError: it has not come as far in time, or there is no QEMU any more.
+        """
+        moved = threading.Event()
+
+        def note(_host: object, _domain: object, actual_kib: int, _opaque: object) -> None:
+            if actual_kib << 10 == memory_bytes:
+                moved.set()
+
+        event = libvirt.VIR_DOMAIN_EVENT_ID_BALLOON_CHANGE
+        connection = self._host.connection
+        handle = self._call(
+            lambda: connection.domainEventRegisterAny(self._domain, event, note, None)
+        )
+        try:
+            kib = memory_bytes >> 10
+            self._call(lambda: self._domain.setMemoryFlags(kib, libvirt.VIR_DOMAIN_AFFECT_LIVE))
+            if not moved.wait(timeout_s):
+                actual = self._call(self._domain.memoryStats)["actual"]
+                raise VmError(
+                    f"{self.label} has {actual >> 10} MiB of memory after {timeout_s:g} s,"
+                    f" not {kib >> 10}"
+                )
+        finally:
+            self._call(lambda: connection.domainEventDeregisterAny(handle))
+
+    def save(self, state: Path) -> None:
+        """Save the guest to a file and end its QEMU; `Platform.restore` starts it again.
+
+        The file has the guest's memory as the guest sees it: plaintext.
+
+        Raises:
+            VmError: libvirt could not.
+        """
+        # "sparse" is a file that QEMU writes itself, where its pages have fixed places. Of the
+        # others libvirt makes a stream through a program that is not a part of its QEMU driver.
+        parameters = {
+            libvirt.VIR_DOMAIN_SAVE_PARAM_FILE: str(state),
+            libvirt.VIR_DOMAIN_SAVE_PARAM_IMAGE_FORMAT: "sparse",
+        }
+        self._call(lambda: self._domain.saveParams(parameters, 0))
+
+    def restore(self, state: Path) -> None:
+        """Start a guest that was saved in a QEMU of its own, and leave it paused.
+
+        Raises:
+            VmError: libvirt could not, or there is no console to it.
+        """
+        connection = self._host.connection
+        self._call(
+            lambda: connection.restoreFlags(str(state), None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
+        )
+        self._domain = self._call(lambda: connection.lookupByUUID(self.spec.uuid.bytes))
+        self.console.reconnect()
+
+    def run_job(self, command: str, timeout_s: float, **arguments: Any) -> None:
+        """Run one of QEMU's jobs to its end (QMP commands that take a ``job-id``).
+
+        Raises:
+            VmError: it failed, or has not ended in time.
+        """
+        job = f"mktme-{command}"
+        self.qmp(command, **{"job-id": job}, **arguments)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            state = next(one for one in self.qmp("query-jobs") if one["id"] == job)
+            if state["status"] == "concluded":
+                break
+            if time.monotonic() > deadline:
+                raise VmError(f"{self.label}: {command} has not ended after {timeout_s:g} s")
+            time.sleep(_JOB_POLL_S)
+        self.qmp("job-dismiss", id=job)
+        if "error" in state:
+            raise VmError(f"{self.label}: {command}: {state['error']}")
+
+    def qmp(self, command: str, **arguments: Any) -> Any:
+        """One command of QEMU's machine protocol (QMP); returns what it returns.
+
+        Raises:
+            VmError: QEMU refuses it, or is gone.
+        """
+        told = json.dumps({"execute": command, "arguments": arguments})
+        answer = json.loads(
+            self._call(lambda: libvirt_qemu.qemuMonitorCommand(self._domain, told, 0))
+        )
+        if "error" in answer:
+            raise VmError(f"{self.label}: {command}: {answer['error'].get('desc')}")
+        return answer["return"]
+
     def monitor(self, command: str) -> str:
         """One command of QEMU's human monitor (HMP)."""
         flags = libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP
@@ -243,15 +410,18 @@ class Domain:
         )
         return answer
 
-    def machine_check(self, address: int, *, on_its_way: Callable[[], None]) -> None:
+    def machine_check(
+        self, address: int, qemu_pid: int | None, *, on_its_way: Callable[[], None]
+    ) -> None:
         """Have an uncorrected memory error reported to the guest: a machine check.
 
         QEMU queues it for its vCPUs and waits for them, one of which may be waiting for the very
-        page that is bad.
+        page that is bad. Once it is queued, a vCPU takes it before it goes on.
 
         Args:
             address: guest-physical, of the bad line.
-            on_its_way: called once QEMU was told: lets go on who waits for the page.
+            qemu_pid: QEMU's process.
+            on_its_way: called once it is queued: lets go on who waits for the page.
 
         Raises:
             VmError: QEMU cannot be told.
@@ -262,18 +432,28 @@ class Domain:
         )
         with ThreadPoolExecutor(1) as pool:
             told = pool.submit(self.monitor, command)
-            deadline = time.monotonic() + _MONITOR_TIMEOUT_S
-            # libvirt says when it has sent a command and waits for the answer.
-            while not told.done() and self._control_state() != libvirt.VIR_DOMAIN_CONTROL_OCCUPIED:
-                if time.monotonic() > deadline:
-                    break
+            deadline = time.monotonic() + _QUEUE_TIMEOUT_S
+            looks = 0
+            while looks < 2 and time.monotonic() < deadline and not told.done():
+                looks = looks + 1 if self._waits_for_vcpus(qemu_pid) else 0
                 wait([told], _POLL_S)
             on_its_way()
             told.result()
 
-    def _control_state(self) -> int:
-        state: int = self._call(lambda: self._domain.controlInfo()[0])
-        return state
+    def _waits_for_vcpus(self, qemu_pid: int | None) -> bool:
+        """Whether QEMU was told something and has come as far as to wait for its vCPUs.
+
+        libvirt says when it has sent a command. QEMU's main thread waits in poll(2) for commands,
+        and for vCPUs on a futex; if that is for one that holds QEMU's lock while it waits for the
+        page (an access by a device), nothing can be queued before it goes on.
+        """
+        sent = self._call(lambda: self._domain.controlInfo()[0])
+        if sent != libvirt.VIR_DOMAIN_CONTROL_OCCUPIED:
+            return False
+        try:
+            return Path(f"/proc/{qemu_pid}/wchan").read_text().startswith("futex")
+        except OSError:
+            return False
 
     def check_guest_map(self, segments: tuple[GuestSegment, ...]) -> None:
         """Compare the plugin's guest-physical map with QEMU's own flat view of memory.
@@ -312,6 +492,9 @@ class Domain:
             for line in self._host.qemu_log(self.spec.name).splitlines()
             if line.startswith("mktme: ")
         ]
+        fault = self._fault(bool(said))
+        if fault is not None:
+            return f"{self.label}: {fault}"
         return f"{self.label}: {said[-1].removeprefix('mktme: ')}" if said else otherwise
 
     def destroy(self) -> None:

@@ -69,9 +69,10 @@ class Host:
             )
 
     def __enter__(self) -> Self:
-        _run_event_loop()
         try:
-            self.connection = _embedded() if self.embedded else libvirt.open(self.uri)
+            with _opening:
+                _run_event_loop()
+                self.connection = _embedded() if self.embedded else libvirt.open(self.uri)
             self.qemu_version = _version(self.connection.getVersion())
             self.libvirt_version = _version(self.connection.getLibVersion())
         except libvirt.libvirtError as error:
@@ -135,6 +136,10 @@ def _version(number: int) -> tuple[int, int, int]:
 def dotted(version: tuple[int, ...]) -> str:
     """A version tuple as people write it."""
     return ".".join(str(part) for part in version)
+
+
+# What is cached is made once, by whichever thread comes first: libvirt bears no second driver.
+_opening: Final = threading.Lock()
 
 
 @functools.cache

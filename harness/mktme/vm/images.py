@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Guest images: built from Debian's own packages, kept in a cache, shown to be unmodified.
 
-A recipe (``guest-images/NAME/recipe.toml``) names the packages, the kernel command line and a few
-files of ours. What is booted is the package's kernel, byte for byte, and an initramfs of the
-packages' busybox, programs and libraries, as they are, and our files. Packages come through the
-machine's own apt sources, and their SHA-256 is the one in the index that apt has authenticated.
+A recipe (``guest-images/NAME/recipe.toml``) names the packages, the kernel command line, kernel
+modules and a few files of ours. What is booted is the package's kernel, byte for byte, and an
+initramfs of the packages' busybox, programs and libraries and of the kernel package's modules, as
+they are, and our files. Packages come through the machine's own apt sources, and their SHA-256 is
+the one in the index that apt has authenticated.
+
+Modules come with those that they depend on, and with the ``modules.dep`` that modprobe(8) wants:
+a kernel package has none (its postinst runs depmod), so it is made of what each module's .modinfo
+section says. Debian 12 has modules as .ko; Debian 13 compresses them, and they stay that way
+(.ko.xz): what loads them has to know how, or the kernel (CONFIG_MODULE_DECOMPRESS).
 
 ::
 
@@ -18,6 +24,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import lzma
 import os
 import platform
 import re
@@ -28,7 +35,7 @@ import sys
 import tarfile
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +58,14 @@ __all__ = [
 
 RECIPES_DIR = Path(__file__).parents[3] / "guest-images"
 
-_FORMAT = 2
+_FORMAT = 3
 """Part of every image's key: raise it when this module builds something else from a recipe."""
 
 _KERNEL_MEMBER = r"\./boot/vmlinuz-[^/]+"
 # Debian 13 has below /usr what Debian 12 had in / as well.
 _ROOT_MEMBER = r"\./(usr/)?"
+_MODULE_MEMBER = _ROOT_MEMBER + r"lib/modules/[^/]+/.+/(NAMES)\.ko(\.xz)?"
+_MODINFO_DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
 
 _APT_HINT = "refresh apt's index with `sudo apt-get update`; check its sources and the network"
 
@@ -104,7 +113,8 @@ class Manifest:
     """What an image was built from; ``manifest.json`` beside it.
 
     Attributes:
-        files: what of the initramfs is not ours.
+        files: what of the initramfs is not ours, but for kernel modules.
+        modules: kernel modules, of the kernel's package.
     """
 
     guest: str
@@ -112,6 +122,7 @@ class Manifest:
     cmdline: str
     kernel: Package
     files: tuple[Package, ...]
+    modules: tuple[Package, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +144,14 @@ class _Recipe:
         kernel: a metapackage that depends on the kernel's.
         packages: path in the initramfs to the package that has the file there, or below /usr.
         files: path in the initramfs to a file beside the recipe.
+        modules: names of kernel modules; those that they depend on come along.
     """
 
     kernel: str
     cmdline: str
     packages: dict[str, str]
     files: dict[str, str]
+    modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +222,8 @@ def verify(image: GuestImage, *, recipes: Path = RECIPES_DIR) -> Manifest:
     """Show that what is booted is what Debian's packages hold.
 
     The .deb files must have the SHA-256 that apt's index gave, the kernel must be the package's
-    byte for byte, and the initramfs must be exactly the packages' files and the recipe's.
+    byte for byte, and the initramfs must be exactly the packages' files and modules and the
+    recipe's files.
 
     Returns:
         The manifest; each SHA-256 in it has been computed anew.
@@ -221,16 +235,22 @@ def verify(image: GuestImage, *, recipes: Path = RECIPES_DIR) -> Manifest:
     recipe_dir = recipes / image.name
     try:
         recipe = _read_recipe(recipe_dir)
-        kernel = _packaged_file(image_dir, image.manifest.kernel)
-        packaged = {one.path: _packaged_file(image_dir, one) for one in image.manifest.files}
+        manifest = image.manifest
+        content = _packaged_files(image_dir, (manifest.kernel, *manifest.modules, *manifest.files))
+        packaged = {one.path: content[one] for one in manifest.files}
+        modules = {one.path: content[one] for one in manifest.modules}
         if packaged.keys() != recipe.packages.keys():
             raise _damaged(image_dir, "manifest.json does not have the files of the recipe")
-        initramfs = _initramfs(packaged, recipe_dir, recipe)
-        _require_sha256(image.kernel, image.kernel.read_bytes(), _sha256(kernel))
+        if {one.name for one in manifest.modules} - {manifest.kernel.name} or not _is_closure(
+            modules, recipe.modules
+        ):
+            raise _damaged(image_dir, "manifest.json does not have the modules of the recipe")
+        initramfs = _initramfs(packaged, modules, recipe_dir, recipe)
+        _require_sha256(image.kernel, image.kernel.read_bytes(), _sha256(content[manifest.kernel]))
         _require_sha256(image.initrd, image.initrd.read_bytes(), _sha256(initramfs))
     except OSError as error:
         raise _damaged(image_dir, str(error)) from error
-    return image.manifest
+    return manifest
 
 
 def _read_recipe(recipe_dir: Path) -> _Recipe:
@@ -284,6 +304,7 @@ def _build(
     kernel_entry = _resolve(depends[1], version=depends[2])
     _fetch(kernel_entry, build_dir, progress)
     kernel, vmlinuz = _take(kernel_entry, _KERNEL_MEMBER, build_dir)
+    modules = dict(_take_modules(kernel_entry, recipe.modules, build_dir))
     entries = {package: _resolve(package) for package in sorted(set(recipe.packages.values()))}
     for entry in entries.values():
         _fetch(entry, build_dir, progress)
@@ -293,9 +314,12 @@ def _build(
     ]
     packaged = {package.path: data for package, data in taken}
     files = tuple(package for package, _data in taken)
-    manifest = Manifest(name, _release(), recipe.cmdline, kernel, files)
+    manifest = Manifest(name, _release(), recipe.cmdline, kernel, files, tuple(modules))
     (build_dir / "vmlinuz").write_bytes(vmlinuz)
-    (build_dir / "initrd").write_bytes(_initramfs(packaged, recipe_dir, recipe))
+    initramfs = _initramfs(
+        packaged, {module.path: data for module, data in modules.items()}, recipe_dir, recipe
+    )
+    (build_dir / "initrd").write_bytes(initramfs)
     encoded = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
     (build_dir / "manifest.json").write_bytes(encoded + b"\n")
 
@@ -357,18 +381,124 @@ def _take(entry: _IndexEntry, member: str, build_dir: Path) -> tuple[Package, by
     return Package(entry.name, entry.version, entry.sha256, path, _sha256(data)), data
 
 
-def _packaged_file(image_dir: Path, package: Package) -> bytes:
-    """Read the file that is booted out of its .deb, checking both against the manifest."""
-    deb = image_dir / package.deb
-    _require_sha256(deb, deb.read_bytes(), package.sha256)
-    _, data = _member(deb, re.escape(package.member))
-    if _sha256(data) != package.member_sha256:
-        raise _damaged(image_dir, f"manifest.json is wrong about {package.member} in {deb.name}")
-    return data
+def _take_modules(
+    entry: _IndexEntry, names: Iterable[str], build_dir: Path
+) -> list[tuple[Package, bytes]]:
+    """Read kernel modules, and those that they depend on, out of a kernel package that was fetched.
+
+    Each round through the package finds what the round before was found to depend on.
+
+    Returns:
+        Where each module is from, and the file; by path.
+    """
+    wanted = {_module_name(name) for name in names}
+    taken: dict[str, tuple[str, bytes]] = {}
+    while missing := wanted - taken.keys():
+        names_pattern = "|".join(re.escape(name).replace("_", "[-_]") for name in sorted(missing))
+        member = _MODULE_MEMBER.replace("NAMES", names_pattern)
+        for path, data in _members(build_dir / f"{entry.name}.deb", member, len(missing)):
+            taken[_module_name(path)] = (path, data)
+            wanted.update(_depends(data))
+        if absent := sorted(missing - taken.keys()):
+            raise ImageError(
+                f"{entry.name} {entry.version} has no kernel module {', '.join(absent)}",
+                hint="take it out of the recipe if it is built into this kernel",
+            )
+    return [
+        (Package(entry.name, entry.version, entry.sha256, path, _sha256(data)), data)
+        for path, data in sorted(taken.values())
+    ]
+
+
+def _module_name(path: str) -> str:
+    """A module's name as the kernel has it, which knows no hyphens (modprobe(8))."""
+    return Path(path).name.split(".ko")[0].replace("-", "_")
+
+
+def _depends(module: bytes) -> list[str]:
+    """The modules that a module needs: ``depends`` in its .modinfo section (modinfo(8))."""
+    if module.startswith(b"\xfd7zXZ\0"):
+        module = lzma.decompress(module)
+    found = _MODINFO_DEPENDS.search(module)
+    names = "" if found is None else found[1].decode()
+    return [_module_name(name) for name in names.split(",") if name]
+
+
+def _dependencies(modules: dict[str, bytes]) -> dict[str, list[str]]:
+    """For each module, by path: the paths of all that it needs, each before what needs it."""
+    paths = {_module_name(path): path for path in modules}
+    depends = {name: _depends(modules[path]) for name, path in paths.items()}
+
+    def add(name: str, needed: dict[str, None]) -> None:
+        for other in depends[name]:
+            if other not in needed:
+                add(other, needed)
+                needed[other] = None
+
+    order: dict[str, list[str]] = {}
+    for name, path in paths.items():
+        needed: dict[str, None] = {}
+        add(name, needed)
+        order[path] = [paths[other] for other in needed]
+    return order
+
+
+def _is_closure(modules: dict[str, bytes], names: Iterable[str]) -> bool:
+    """Whether `modules`, by path, are those of `names` and what they depend on, and no others."""
+    depends = {_module_name(path): _depends(data) for path, data in modules.items()}
+    reached = {_module_name(name) for name in names}
+    todo = list(reached)
+    while todo:
+        new = set(depends.get(todo.pop(), ())) - reached
+        reached |= new
+        todo += new
+    return reached == depends.keys()
+
+
+def _module_files(modules: dict[str, bytes]) -> dict[str, bytes]:
+    """Modules, by path, with the ``modules.dep`` beside them that tells modprobe(8) their order."""
+    files = dict(modules)
+    lines: dict[str, list[str]] = {}
+    for path, needed in sorted(_dependencies(modules).items()):
+        # lib/modules/RELEASE/kernel/...; in modules.dep, without the first three.
+        parents, inner = path.split("/")[:3], [one.split("/", 3)[3] for one in (path, *needed)]
+        # What is loaded first comes last (modules.dep(5)).
+        line = " ".join((f"{inner[0]}:", *reversed(inner[1:])))
+        lines.setdefault("/".join(parents), []).append(line)
+    for directory, told in lines.items():
+        files[f"{directory}/modules.dep"] = "".join(f"{line}\n" for line in told).encode()
+    return files
+
+
+def _packaged_files(image_dir: Path, packages: Collection[Package]) -> dict[Package, bytes]:
+    """Read files that are booted out of their .deb files, checking both against the manifest."""
+    content: dict[Package, bytes] = {}
+    for deb in sorted({package.deb for package in packages}):
+        path = image_dir / deb
+        wanted = {package.member: package for package in packages if package.deb == deb}
+        actual = _sha256(path.read_bytes())
+        for package in wanted.values():
+            if actual != package.sha256:
+                raise _damaged(image_dir, f"{deb} has SHA-256 {actual}, not {package.sha256}")
+        pattern = "|".join(re.escape(member) for member in wanted)
+        for member, data in _members(path, pattern, len(wanted)):
+            if _sha256(data) != wanted[member].member_sha256:
+                raise _damaged(image_dir, f"manifest.json is wrong about {member} in {deb}")
+            content[wanted[member]] = data
+        if absent := wanted.keys() - {package.member for package in content}:
+            raise ImageError(f"{deb} has no file {min(absent)}")
+    return content
 
 
 def _member(deb: Path, pattern: str) -> tuple[str, bytes]:
     """Return path and content of the first regular file in a package that matches `pattern`."""
+    for found in _members(deb, pattern, 1):
+        return found
+    raise ImageError(f"{deb.name} has no file {pattern}")
+
+
+def _members(deb: Path, pattern: str, count: int) -> Iterator[tuple[str, bytes]]:
+    """Path and content of the first `count` regular files in a package that match `pattern`."""
     command = ["dpkg-deb", "--fsys-tarfile", str(deb)]
     # Closing the pipe early ends dpkg-deb: a kernel comes long before its 4000 modules.
     with (
@@ -379,15 +509,18 @@ def _member(deb: Path, pattern: str) -> tuple[str, bytes]:
             if info.isreg() and re.fullmatch(pattern, info.name):
                 content = tar.extractfile(info)
                 assert content is not None
-                return info.name, content.read()
-    raise ImageError(f"{deb.name} has no file {pattern}")
+                yield info.name, content.read()
+                count -= 1
+                if not count:
+                    return
 
 
-def _initramfs(packaged: dict[str, bytes], recipe_dir: Path, recipe: _Recipe) -> bytes:
+def _initramfs(
+    packaged: dict[str, bytes], modules: dict[str, bytes], recipe_dir: Path, recipe: _Recipe
+) -> bytes:
     """Build the initramfs: the packages' files, busybox's name as a shell, the recipe's files."""
-    files = packaged | {
-        path: (recipe_dir / file).read_bytes() for path, file in recipe.files.items()
-    }
+    own = {path: (recipe_dir / file).read_bytes() for path, file in recipe.files.items()}
+    files = packaged | _module_files(modules) | own
     directories = {str(parent) for path in files for parent in Path(path).parents} - {"."}
     entries = [_cpio_entry(path, stat.S_IFDIR | 0o755) for path in sorted(directories)]
     entries.append(_cpio_entry("bin/sh", stat.S_IFLNK | 0o777, b"busybox"))

@@ -105,6 +105,8 @@ def assign_pages(
 ) -> int | None:
     """Give a VM's pages to what they are to be under; returns the KeyID, None for the VM's own.
 
+    A further KeyID of the VM's is cleared once no page is under it any more.
+
     Raises:
         UsageError: the range is not whole pages of its RAM.
         ServiceError: the engine refuses.
@@ -120,8 +122,20 @@ def assign_pages(
             keyid = engine.program_key(KeyMode.NO_ENCRYPT, algorithm, vm=vm)
         case PageUse.OTHER_KEY:
             keyid = engine.program_key(KeyMode.RANDOM, algorithm, vm=vm)
-    engine.assign_pages(vm, offset, pages.size_bytes, keyid)
+    try:
+        engine.assign_pages(vm, offset, pages.size_bytes, keyid)
+    finally:
+        _clear_unused(engine, vm)
     return keyid
+
+
+def _clear_unused(engine: EngineClient, vm: UUID) -> None:
+    """Clear the further KeyIDs of a VM that no page is under."""
+    status = engine.status()
+    further = {keyid for one in status.vms if one.vm == vm for keyid in one.further_keyids}
+    for key in status.keys:
+        if key.keyid in further and not key.pages:
+            engine.clear_key(key.keyid)
 
 
 def _size(size_bytes: int) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import shutil
@@ -24,6 +25,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -43,13 +45,20 @@ from mktme.vm.domain import Domain, DomainSpec, guest_physical, ram_below_4g
 from mktme.vm.host import EMULATOR, EnvironmentUnfitError, Host, UsageError, plugin_path
 from mktme.vm.images import GuestImage
 from mktme.vm.pages import GuestPages, assign_pages
-from mktme.vm.reaper import process_dir
+from mktme.vm.reaper import ENGINE_PID_FILE, process_dir
 
 log = logging.getLogger(__name__)
 
 BOOT_TIMEOUT_S: Final = 120.0
 LINK_TIMEOUT_S: Final = 20.0
+ENGINE_SILENT_S: Final = 10
+"""An engine that has not answered for so long hangs: the user is told, and a guest that is taken
+down takes it along. It gives way to requests after each batch, so milliseconds are usual."""
+ENGINE_LOST_S: Final = 60
+"""One that has not answered for so long is not waited for any more."""
+_PING_S: Final = 1.0
 _LIVENESS_S: Final = 0.5
+_EVENT_TIMEOUT_S: Final = 5.0
 # An instruction and its operands, page tables, and a device's buffers at once, many times over.
 MIN_WINDOW_BYTES: Final = 4 << 20
 MIN_MEMORY_BYTES: Final = 192 << 20  # with less, Linux has too little left for the workload
@@ -76,6 +85,7 @@ class VmConfig:
         key_file: the known key, for `KeyMode.DIRECT`.
         pages: ranges of its pages that are under another KeyID than its own.
         check_tlb: have the plugin compare each translation it caches with QEMU's.
+        disk: a raw image for it to have as a virtio disk, None for a guest without.
     """
 
     image: GuestImage
@@ -90,6 +100,7 @@ class VmConfig:
     key_file: Path | None = None
     pages: tuple[GuestPages, ...] = ()
     check_tlb: bool = False
+    disk: Path | None = None
 
     @property
     def plain(self) -> bool:
@@ -197,6 +208,9 @@ class Platform:
         """What was found in DRAM that does not match its MAC, in this order."""
         self._aborted = False
         self._gone = False
+        self._silence: str | None = None  # what is to be told of an engine that does not answer
+        self._given_up = False
+        self._closing = threading.Event()
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -214,8 +228,10 @@ class Platform:
             )
             self._process = stack.enter_context(process)
             self.engine = self._process.client
-            watcher = threading.Thread(target=self._watch, name="mktme-events", daemon=True)
-            watcher.start()
+            (self.run_dir / ENGINE_PID_FILE).write_text(str(self.engine_pid))
+            for name, watch in (("mktme-events", self._watch), ("mktme-pings", self._watch_over)):
+                threading.Thread(target=watch, name=name, daemon=True).start()
+            stack.callback(self._closing.set)
             self._stack = stack.pop_all()
         return self
 
@@ -243,7 +259,7 @@ class Platform:
             while (lost := self._unlinked()) is None and not self._gone:
                 self._changed.wait()
         if lost is None:
-            raise EngineGoneError("the engine is gone")
+            raise EngineGoneError(self._silence or "the engine is gone")
         fault = self.fault(lost.spec.uuid)
         raise VmError(lost.reason(f"{lost.label}: {fault or 'its QEMU ended'}"))
 
@@ -301,15 +317,18 @@ class Platform:
                 emulator=EMULATOR,
                 plugin=plugin,
                 inline=config.datapath is DataPath.INLINE,
+                disk=config.disk,
             )
             transcript = self.run_dir / f"{unique}.log"
-            domain = stack.enter_context(Domain(self.host, spec, transcript, label=name))
+            why = functools.partial(self._why_lost, one)
+            domain = stack.enter_context(Domain(self.host, spec, transcript, name, why))
             with self._changed:
                 self._domains[one] = domain
                 stack.callback(self._domains.pop, one)
                 fault = self._faults.get(one)
+            stack.callback(self._let_go, domain)
             if fault is not None:  # it came before there was a domain to hold
-                domain.hold(f"it is paused: {fault}")
+                domain.hold(f"it is held: {fault}")
             if self._aborted:
                 raise VmError(f"{unique} is not wanted any more")
             engine = None
@@ -321,10 +340,32 @@ class Platform:
                 domain.boot(BOOT_TIMEOUT_S)
             yield Vm(one, config, domain, engine, **vm_fields)
 
+    def restore(self, vm: Vm, state: Path) -> None:
+        """Start a guest again that `Domain.save` ended, in a QEMU of its own, and let it run.
+
+        The plugin of that QEMU says hello as any other: DRAM forgets all that it held of the VM,
+        and what libvirt reads from the file is encrypted into it anew.
+
+        Args:
+            vm: as it was launched.
+            state: what `Domain.save` wrote.
+
+        Raises:
+            VmError: it did not come up.
+        """
+        engine = vm.require_engine()
+        if not self.wait_for(lambda: vm.uuid not in self._linked, LINK_TIMEOUT_S):
+            raise VmError(f"{vm.name}: the QEMU that it was saved from is there still")
+        vm.domain.restore(state)
+        self._wait_linked(vm.uuid, vm.domain)
+        vm.domain.check_guest_map(vm_status(engine, vm.uuid).segments)
+        vm.domain.resume()
+
     def abort(self) -> None:
         """Take every guest down now, from any thread: whoever waits for one gets a `VmError`."""
         self._aborted = True
         for domain in tuple(self._domains.values()):
+            self._let_go(domain)
             domain.destroy()
 
     def check(self, vm: Vm) -> None:
@@ -384,6 +425,86 @@ class Platform:
         with contextlib.suppress(ServiceError):  # an engine that is gone has forgotten
             self.engine.remove_vm(one)
 
+    def _let_go(self, domain: Domain) -> None:
+        """Before a guest is taken down: nobody in it may wait for memory that does not come.
+
+        Its QEMU would not end, and libvirt kills it after 10 s only. A plugin whose link ends ends
+        its QEMU at once.
+        """
+        if domain.spec.plugin is None:
+            return
+        if not self._answers():
+            self._give_up(self._silence or "the engine does not answer")
+        elif self.fault(domain.spec.uuid) is not None:
+            self._forget(domain.spec.uuid)
+
+    def _answers(self) -> bool:
+        """Whether the engine answers; one that is gone does nothing else any more either."""
+        if self._silence is not None:
+            return False
+        with contextlib.suppress(EngineGoneError):
+            return bool(wait([self.engine.ping()], ENGINE_SILENT_S).done)
+        return True
+
+    def _why_lost(self, one: uuid.UUID, ended: bool) -> str | None:
+        """What is known of why a VM's memory is not served; its plugin knows less.
+
+        Args:
+            one: the VM.
+            ended: whether its plugin has ended its QEMU: the engine says why before it says that
+                the link has ended.
+        """
+        with self._changed:
+            if ended:
+                self._changed.wait_for(
+                    lambda: self._gone or one not in self._linked, _EVENT_TIMEOUT_S
+                )
+            return self._silence or self._faults.get(one)
+
+    def _watch_over(self) -> None:
+        """Notice when the engine does not answer: whoever needs it just waits."""
+        while True:
+            try:
+                answer = self.engine.ping()
+            except EngineGoneError:
+                return
+            # Counted, not timed: when this process was stopped meanwhile (Ctrl-Z), it is not the
+            # engine that was silent.
+            silent_s = 0
+            while wait([answer], 1.0).not_done:
+                silent_s += 1
+                if silent_s == ENGINE_SILENT_S:
+                    self._note_silence(
+                        f"the engine (process {self.engine_pid}) does not answer, and guests wait"
+                        " for it: is it stopped, or the disk that DRAM is on?"
+                    )
+                elif silent_s == ENGINE_LOST_S:
+                    lost = f"the engine did not answer for {silent_s} s and was ended"
+                    self._note_silence(lost)
+                    self._give_up(lost)
+                    return
+            with self._changed:
+                was_silent = self._silence is not None
+                if not self._given_up:
+                    self._silence = None
+            if answer.exception() is not None:
+                return
+            if was_silent:
+                self._notice("the engine answers again")
+            if self._closing.wait(_PING_S):
+                return
+
+    def _give_up(self, why: str) -> None:
+        with self._changed:
+            self._silence = why
+            self._given_up = True
+        self._process.give_up(why)
+
+    def _note_silence(self, what: str) -> None:
+        with self._changed:
+            self._silence = what
+        self._notice(what)
+
     def _watch(self) -> None:
         """Follow the engine's events; a VM whose writes do not fit into DRAM waits for space."""
         while (event := self.engine.events.get()) is not None:
@@ -441,6 +562,7 @@ class Platform:
         with contextlib.suppress(VmError, ServiceError):  # it ended meanwhile
             domain.machine_check(
                 address,
+                vm_status(self.engine, event.vm).qemu_pid,
                 on_its_way=lambda: self.engine.release_page(event.vm, event.ram_offset),
             )
 
@@ -450,7 +572,7 @@ class Platform:
         if domain is None:
             return  # `launch` looks for the fault when it has one
         if isinstance(event, wire.DramFull):
-            domain.hold(f"it is paused: {event.message}")
+            domain.hold(f"it is held: {event.message}")
             self._notice(f"{domain.label} {domain.trouble}; it goes on when there is space")
         else:
             domain.release()
@@ -488,9 +610,16 @@ def check_data_path(
     if window_bytes is not None and (
         window_bytes % PAGE_BYTES or not MIN_WINDOW_BYTES <= window_bytes <= memory_bytes
     ):
+        if window_bytes % PAGE_BYTES:
+            what = f"not whole pages of {PAGE_BYTES} bytes"
+        elif window_bytes < MIN_WINDOW_BYTES:
+            what = "too small for a guest to run in"
+        else:
+            what = f"larger than the guest's {memory_bytes >> 20}M of memory"
         raise UsageError(
-            f"a window of {window_bytes} bytes",
-            hint=f"whole pages, {MIN_WINDOW_BYTES >> 20}M to all of the guest's memory",
+            f"a window of {window_bytes} bytes is {what}",
+            hint=f"--window {MIN_WINDOW_BYTES >> 20}M to {memory_bytes >> 20}M, in whole pages,"
+            " or a share such as 25%",
         )
 
 

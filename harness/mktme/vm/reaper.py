@@ -4,7 +4,8 @@
 libvirt's embedded driver has one root for the life of a process, and leaves its QEMU processes
 running when that process is killed. So there is one directory per process, and a reaper that
 holds the other end of a pipe: when the pipe ends, however that comes about, it kills each QEMU
-that was started below the directory and removes it. It imports nothing heavy.
+that was started below the directory and removes it. An engine ends by itself then, unless it hangs.
+It imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from typing import Final
 LIBVIRT_ROOT: Final = "libvirt"
 _KILL_TIMEOUT_S: Final = 10
 _PID_FILES: Final = f"{LIBVIRT_ROOT}/run/qemu/*.pid"
+ENGINE_PID_FILE: Final = "engine.pid"
+"""In the directory of a platform, which is below that of the process."""
+_ENGINE_PID_FILES: Final = f"run-*/{ENGINE_PID_FILE}"
+_ENGINE_TIMEOUT_S: Final = 5
 
 
 @functools.cache
@@ -47,20 +52,32 @@ def process_dir() -> Path:
 
 
 def kill_leftovers(directory: Path) -> None:
-    """Kill every QEMU that libvirt started below `directory`, then remove the directory."""
+    """Kill every QEMU that libvirt started below `directory`, then remove the directory.
+
+    An engine of a platform below it has some seconds to end by itself.
+    """
     for pid_file in directory.glob(_PID_FILES):
-        with contextlib.suppress(OSError, ValueError, OverflowError):
-            pid = int(pid_file.read_text())
-            descriptor = os.pidfd_open(pid)
-            try:
-                # The number may have passed on to a stranger since the file was written.
-                if os.fsencode(directory) in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-                    # Readable once the process is gone, which takes a moment with much memory.
-                    select.select([descriptor], [], [], _KILL_TIMEOUT_S)
-            finally:
-                os.close(descriptor)
+        _kill(pid_file, directory, patience_s=0)
+    for pid_file in directory.glob(_ENGINE_PID_FILES):
+        _kill(pid_file, directory, patience_s=_ENGINE_TIMEOUT_S)
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def _kill(pid_file: Path, directory: Path, patience_s: float) -> None:
+    with contextlib.suppress(OSError, ValueError, OverflowError):
+        pid = int(pid_file.read_text())
+        descriptor = os.pidfd_open(pid)
+        try:
+            # The number may have passed on to a stranger since the file was written.
+            if os.fsencode(directory) not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return
+            # Readable once the process is gone.
+            if not select.select([descriptor], [], [], patience_s)[0]:
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                # It takes a moment with much memory.
+                select.select([descriptor], [], [], _KILL_TIMEOUT_S)
+        finally:
+            os.close(descriptor)
 
 
 def main() -> None:

@@ -27,7 +27,10 @@ def parse_window(text: str, memory_bytes: int) -> int:
         UsageError: it is neither.
     """
     if not text.endswith("%"):
-        return parse_size(text)
+        try:
+            return platform_file.parse_size(text)
+        except ValueError as error:
+            raise UsageError(str(error), hint="write it as 128M or 25%") from error
     share = text[:-1]
     if not share.isascii() or not share.isdigit() or not 0 < int(share[:4]) <= 100:
         raise UsageError(f"{text!r} is no share of the guest's memory", hint="1% to 100%")

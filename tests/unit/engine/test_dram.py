@@ -107,6 +107,16 @@ def test_file_cut_short_is_an_error(dram: Dram, image: Path) -> None:
         read(dram, 4000, 200)
 
 
+@pytest.mark.parametrize("address", [0, 4096, 512 * 1024])
+def test_file_cut_short_is_not_made_longer_again(dram: Dram, image: Path, address: int) -> None:
+    """What was cut off would be a hole before the next write: zeros in place of data."""
+    dram.write(8192, b"data" * 16)
+    os.truncate(image, 4096)
+    with pytest.raises(DramError, match="cut short at 0x1000"):
+        dram.write(address, bytes(64))
+    assert image.stat().st_size == 4096
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_full_file_system_names_the_first_byte_not_written(
     dram: Dram, monkeypatch: pytest.MonkeyPatch, number: int
@@ -201,6 +211,8 @@ def test_mac_area_cut_short_is_an_error(dram: Dram, image: Path) -> None:
     os.truncate(mac_path(image), 4096)
     with pytest.raises(DramError, match=r"dram\.mac: cut short at 0x1000"):
         dram.read_macs_into(4096 * 16, bytearray(4))
+    with pytest.raises(DramError, match=r"dram\.mac: cut short at 0x1000"):
+        dram.write_macs(4096 * 32, bytes(4))
 
 
 def test_existing_mac_area_is_kept_unless_asked(image: Path) -> None:

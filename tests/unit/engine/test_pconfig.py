@@ -48,7 +48,9 @@ DEADLINE_S = 30
 
 Outcome = Status | str
 
-REVISIONS = pytest.mark.parametrize("revision", Revision, ids=["SDM", "336907-004"])
+REVISIONS = pytest.mark.parametrize(
+    "revision", Revision, ids=["SDM vol. 2B PCONFIG, table 4-16", "336907-004 chapter 6"]
+)
 ALGORITHMS = pytest.mark.parametrize("algorithm", Algorithm)
 
 
@@ -204,6 +206,11 @@ def test_table_6_5_key_fields_of_other_commands_are_not_used(
 
 
 # --- table 6-6: statuses ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", Status)
+def test_table_6_6_zf_is_set_on_failure(status: Status) -> None:
+    assert status.zf == (status.value != 0)
 
 
 def test_tables_6_5_and_6_6_numbers() -> None:

@@ -44,7 +44,9 @@ ADDRESS_FIELD = (1 << 46) - (1 << 12)
 TME_ONLY = TmeCapability(
     algorithms=frozenset({Algorithm.AES_XTS_128}), bypass=False, max_keyid_bits=0, max_keys=0
 )
-REVISIONS = pytest.mark.parametrize("revision", Revision, ids=["SDM", "336907-004"])
+REVISIONS = pytest.mark.parametrize(
+    "revision", Revision, ids=["SDM vol. 4 table 2-2", "336907-004 chapter 4"]
+)
 
 
 def keyid_bits(count: int) -> int:
@@ -362,6 +364,14 @@ def test_policy_is_the_tme_keys_algorithm(policy: int, algorithm: Algorithm) -> 
     assert [len(key) for key in processor.rng.given] == [algorithm.key_bytes]
 
 
+def test_algorithms_are_what_was_activated() -> None:
+    """Not what the processor has, nor what firmware was to set up."""
+    processor = Processor()
+    assert not processor.tme.algorithms
+    processor.tme.wrmsr(ACTIVATE, ENABLE | keyid_bits(6) | ALG_256)
+    assert processor.tme.algorithms == (Algorithm.AES_XTS_256,)
+
+
 @pytest.mark.parametrize("save", [0, SAVE], ids=["not saved", "saved"])
 def test_key_is_stored_only_if_asked_for(save: int) -> None:
     processor = Processor()
@@ -598,7 +608,7 @@ def test_table_4_5_mask_is_ones_then_zeros(field: int, enabled: bool) -> None:
 @REVISIONS
 @pytest.mark.parametrize("msr", [EXCLUDE_MASK, EXCLUDE_BASE], ids=MSR_NAMES.get)
 @pytest.mark.parametrize("activate", [0, ENABLE], ids=["TME off", "TME on"])
-def test_exclusion_registers_are_locked_by_activate(
+def test_tables_4_5_and_4_6_exclusion_registers_are_locked_by_activate(
     revision: Revision, msr: int, activate: int
 ) -> None:
     processor = Processor(revision)

@@ -10,6 +10,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import wait
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -164,6 +165,26 @@ def test_engine_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with EngineProcess(tmp_path, tmp_path / "dram.img", 8 * MIB) as engine:
         engine.process.send_signal(signal.SIGSTOP)
     assert engine.process.returncode == -signal.SIGKILL
+
+
+def test_ping_is_answered_unless_it_hangs(engine: EngineProcess) -> None:
+    assert engine.client.ping().result(DEADLINE_S)
+    engine.process.send_signal(signal.SIGSTOP)
+    answer = engine.client.ping()
+    assert wait([answer], 0.2).not_done
+    engine.process.send_signal(signal.SIGCONT)
+    assert answer.result(DEADLINE_S)
+
+
+def test_engine_that_is_given_up_is_killed_and_everybody_told_why(engine: EngineProcess) -> None:
+    engine.process.send_signal(signal.SIGSTOP)
+    answer = engine.client.ping()
+    engine.give_up("it did not answer")
+    with pytest.raises(EngineGoneError, match=r"^it did not answer$"):
+        answer.result(DEADLINE_S)
+    with pytest.raises(EngineGoneError, match=r"^it did not answer$"):
+        engine.client.status()
+    assert engine.process.wait(DEADLINE_S) == -signal.SIGKILL
 
 
 def test_nothing_of_the_owner_is_inherited(tmp_path: Path) -> None:

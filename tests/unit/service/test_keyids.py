@@ -136,6 +136,26 @@ def test_lines_never_written_stay_so(guests: Guests, client: EngineClient) -> No
     assert guests.read(qemu) == qemu.contents()
 
 
+def test_zeros_that_were_plaintext_are_encrypted_again(
+    guests: Guests, client: EngineClient
+) -> None:
+    """In plaintext a zero line looks like one that was never written; its page tells."""
+    qemu, added = guests.link(8)
+    qemu.store(0, bytes(2 * PAGE))
+    qemu.store(PAGE, b"x")  # page 0 is all zeros, page 1 nearly
+    client.flush(qemu.vm)
+    before = stored(client, added.base, 8 * PAGE)
+    assert all(any(before[at : at + LINE]) for at in range(0, 2 * PAGE, LINE))
+    clear = client.program_key(KeyMode.NO_ENCRYPT, vm=qemu.vm)
+    client.assign_pages(qemu.vm, 0, 8 * PAGE, clear)
+    assert stored(client, added.base, 2 * PAGE) == bytes(PAGE) + b"x" + bytes(PAGE - 1)
+    client.assign_pages(qemu.vm, 0, 8 * PAGE)
+    after = stored(client, added.base, 8 * PAGE)
+    assert after[PAGE:] == before[PAGE:]
+    assert not any(after[:PAGE])  # what a page of zeros was is lost; it reads as zeros
+    assert guests.read(qemu) == qemu.contents()
+
+
 def test_pages_are_given_away_before_the_guest_is_there(
     guests: Guests, qemu: FakeQemu, client: EngineClient
 ) -> None:
@@ -209,6 +229,21 @@ def test_keyid_of_somebody_else_is_refused(guests: Guests, client: EngineClient)
         client.assign_pages(one.vm, 0, PAGE, 60)
     with pytest.raises(EngineRefusedError, match="no key of its own"):
         client.assign_pages(one.vm, 0, PAGE, 64)
+
+
+def test_keyid_that_a_raw_pconfig_cleared_is_for_no_pages(
+    guests: Guests, client: EngineClient
+) -> None:
+    """They would be under the TME key, and nobody would notice."""
+    qemu, added = guests.link(4)
+    further = client.program_key(KeyMode.RANDOM, vm=qemu.vm)
+    assert client.pconfig(encode(further, Command.CLEAR_KEY, XTS_128)) is Status.PROG_SUCCESS
+    with pytest.raises(EngineRefusedError, match="no key of its own") as caught:
+        client.assign_pages(qemu.vm, 0, PAGE, further)
+    assert caught.value.error == "KeyIdError"
+    assert ranges(guests, qemu) == [(0, 4, added.keyid)]
+    client.remove_vm(qemu.vm)
+    assert [key.keyid for key in client.status().keys] == [0]
 
 
 # --- keys -------------------------------------------------------------------------------------
@@ -399,6 +434,30 @@ def test_pconfig_programs_a_key_that_is_known(own_engine: EngineProcess, tmp_pat
         client.pconfig(program, address=128)
     assert client.pconfig(encode(2, Command.CLEAR_KEY, XTS_128)) is Status.PROG_SUCCESS
     assert client.read_dram(0, PAGE, 2)[:LINE] != expected
+
+
+def test_pconfig_mixes_the_users_entropy_into_a_random_key(
+    own_engine: EngineProcess, tmp_path: Path
+) -> None:
+    """What is mixed in is read from a file, as keys are; it makes the key no known one."""
+    client = own_engine.client
+    entropy = tmp_path / "entropy"
+    entropy.touch(0o600)
+    entropy.write_bytes(os.urandom(64))
+    program = encode(1, Command.SET_KEY_RANDOM, XTS_256)
+    twin = encode(2, Command.SET_KEY_DIRECT, XTS_256)
+    for one in (program, twin):
+        assert client.pconfig(one, key_file=entropy) is Status.PROG_SUCCESS
+    assert [(one.keyid, one.mode) for one in client.status().keys][1:] == [
+        (1, KeyMode.RANDOM),
+        (2, KeyMode.DIRECT),
+    ]
+    with open(client.welcome.dram_path, "r+b") as dram:
+        dram.write(bytes(range(1, 65)))
+    assert client.read_dram(0, PAGE, 1)[:LINE] != client.read_dram(0, PAGE, 2)[:LINE]
+    entropy.write_bytes(os.urandom(32))
+    with pytest.raises(EngineRefusedError, match="no aes-xts-256 key"):
+        client.pconfig(program, key_file=entropy)
 
 
 def test_no_key_crosses_the_socket(own_engine: EngineProcess) -> None:

@@ -47,6 +47,7 @@ REQUESTS: list[wire.Request] = [
     wire.ReadMarks(vm=VM, first_page=1, page_count=2),
     wire.WriteSidecar(),
     wire.ReadDram(address=4096, size_bytes=8192, keyid=0),
+    wire.WriteDram(address=4096, data=bytes(64), keyid=5),
     wire.ReadMsr(msr=0x982),
     wire.WriteMsr(msr=0x982, value=2**64 - 1),
     wire.ExecutePconfig(leaf=0, address=0, program=bytes(192)),

@@ -13,7 +13,13 @@ from typing import Protocol
 
 import pytest
 
-from mktme.vm.console import Console, GuestCommandError, VmError, VmLostError
+from mktme.vm.console import (
+    Console,
+    GuestCommandError,
+    GuestPanicError,
+    VmError,
+    VmLostError,
+)
 
 DEADLINE_S = 20.0
 SOON_S = 0.1
@@ -154,6 +160,23 @@ def test_transcript_has_all_that_was_said(boot: Boot, transcript: Path) -> None:
 def test_no_console_there(tmp_path: Path, transcript: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Console(tmp_path / "none", transcript)
+
+
+PANIC = "Kernel panic - not syncing: Fatal machine check"
+
+
+def test_guest_that_panics_is_lost_at_once(boot: Boot) -> None:
+    """It reboots, and would never finish the command."""
+    console, _ = boot(f"read x; printf 'a\\r\\nMCE\\r\\n{PANIC}\\r\\nBIOS\\r\\n'; exec sleep 60")
+    with pytest.raises(GuestPanicError, match=f"running 'true': {PANIC}$") as caught:
+        console.run("true", DEADLINE_S)
+    assert caught.value.said == f"a\nMCE\n{PANIC}\n"
+
+
+def test_reboot_after_a_panic_can_be_waited_for(boot: Boot) -> None:
+    console, _ = boot(f"printf '{PANIC}\\r\\n@mktme ready\\r\\n'; exec sh")
+    console.wait_ready(DEADLINE_S)
+    assert console.run("echo hello", DEADLINE_S).output == "hello\n"
 
 
 def test_lost_guests_are_guest_errors() -> None:

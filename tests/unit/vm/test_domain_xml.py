@@ -85,6 +85,22 @@ def test_console_is_a_socket_that_qemu_listens_on() -> None:
     assert attributes(domain, "devices/serial/source") == {"mode": "bind", "path": "/run/console"}
 
 
+def test_free_pages_are_reported() -> None:
+    assert attributes(parsed(), "devices/memballoon") == {
+        "model": "virtio",
+        "freePageReporting": "on",
+    }
+
+
+def test_disk_is_a_raw_file_with_the_hosts_cache() -> None:
+    """Any cache= that bypasses the host's would pin guest pages."""
+    assert parsed().find("devices/disk") is None
+    domain = parsed(disk=Path("/disks/one.img"))
+    assert attributes(domain, "devices/disk/driver") == {"name": "qemu", "type": "raw"}
+    assert attributes(domain, "devices/disk/source") == {"file": "/disks/one.img"}
+    assert attributes(domain, "devices/disk/target") == {"dev": "vda", "bus": "virtio"}
+
+
 def test_crash_and_power_off_end_the_domain() -> None:
     domain = parsed()
     assert text(domain, "on_poweroff") == text(domain, "on_crash") == "destroy"

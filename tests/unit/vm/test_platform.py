@@ -233,7 +233,7 @@ def test_guest_waits_while_dram_is_full() -> None:
     domain = FakeDomain()
     one._domains[VM] = cast("Domain", domain)
     watch(one, FULL)
-    assert (domain.calls, domain.trouble) == (["hold"], "it is paused: no space left")
+    assert (domain.calls, domain.trouble) == (["hold"], "it is held: no space left")
     assert one.fault(VM) == "no space left"
     watch(one, wire.DramCaughtUp(vm=VM))
     assert (domain.calls, domain.trouble) == (["hold", "release"], None)

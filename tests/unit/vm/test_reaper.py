@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Final
 
 import pytest
 
-from mktme.vm.reaper import kill_leftovers
+from mktme.vm.reaper import ENGINE_PID_FILE, kill_leftovers
 
 DEADLINE_S: Final = 20.0
 
@@ -210,6 +211,34 @@ def test_useless_pid_files_are_passed_over(run_dir: Path, tmp_path: Path) -> Non
         (run_dir / "z.pid").write_text(str(ours.pid))
         kill_leftovers(directory)
         assert ours.wait(DEADLINE_S) == -signal.SIGKILL
+    assert not directory.exists()
+
+
+def test_engine_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mktme.vm.reaper._ENGINE_TIMEOUT_S", 0.05)
+    directory = tmp_path / "mktme-x"
+    pid_file = directory / "run-1" / ENGINE_PID_FILE
+    pid_file.parent.mkdir(parents=True)
+    with sleeper(f"--run-dir={pid_file.parent}") as engine:
+        engine.send_signal(signal.SIGSTOP)
+        pid_file.write_text(str(engine.pid))
+        kill_leftovers(directory)
+        assert engine.wait(DEADLINE_S) == -signal.SIGKILL
+    assert not directory.exists()
+
+
+def test_engine_that_ends_by_itself_has_the_time(tmp_path: Path) -> None:
+    directory = tmp_path / "mktme-x"
+    pid_file = directory / "run-1" / ENGINE_PID_FILE
+    pid_file.parent.mkdir(parents=True)
+    with sleeper(f"--run-dir={pid_file.parent}") as engine:
+        pid_file.write_text(str(engine.pid))
+        # It is in its own time that it ends: after the reaper has come to wait for it.
+        timer = threading.Timer(0.2, engine.communicate, [b"a line\n"])
+        timer.start()
+        kill_leftovers(directory)
+        timer.join()
+        assert engine.returncode == 0
     assert not directory.exists()
 
 

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What commands that boot guests have in common: options, what is checked of them, exit codes."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from mktme.cli_output import err
+from mktme.vm import images
+from mktme.vm.host import UsageError
+from mktme.vm.platform import check_sizes
+from mktme.vm.sizes import parse_size
+
+
+class ExitCode(enum.IntEnum):
+    """What the command's exit status says."""
+
+    OK = 0
+    PROOF_FAILED = 1
+    USAGE = 2
+    ENVIRONMENT = 3
+    RUN_FAILED = 4
+    INTERRUPTED = 130
+
+
+GuestOption = Annotated[str, typer.Option(help="Guest to boot: a recipe in guest-images/.")]
+MemoryOption = Annotated[
+    str, typer.Option(metavar="SIZE", help="Guest RAM, such as 512M or 4G: whole MiB.")
+]
+ConnectOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URI", help="libvirt on this machine to use, in place of its embedded driver."
+    ),
+]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.")
+]
+
+
+def guest_memory(memory: str, vcpus: int = 1) -> int:
+    """A guest's memory as asked for, checked with its vCPUs before an image is built for it."""
+    memory_bytes = parse_size(memory)
+    check_sizes(memory_bytes, vcpus)
+    return memory_bytes
+
+
+def image(guest: str) -> images.GuestImage:
+    """A guest's image, built if it is not there yet."""
+    with err.status(f"guest image {escape(guest)}"):
+        return images.ensure(guest, lambda line: err.print(line, style="dim", markup=False))
+
+
+def check_json(path: Path | None) -> None:
+    """A report that cannot be written is better known before the run than after it."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UsageError(
+            f"--json {path}: no file can be written there",
+            hint="name a file in a directory that exists",
+        )
