@@ -152,7 +152,9 @@ class PhysicalMemory:
         headers = self._bytes(f"head -c {table + count * size} /proc/kcore")[table:]
         loaded = [one for one in struct.iter_unpack("<IIQQQQQQ", headers) if one[0] == 1]
         # What is mapped elsewhere has -1 for a physical address.
-        self._maps = [(one[4], one[5], one[2]) for one in loaded if one[4] != (1 << 64) - 1]
+        self._maps: list[tuple[int, int, int]] = [
+            (one[4], one[5], one[2]) for one in loaded if one[4] != (1 << 64) - 1
+        ]
 
     def sums(self, addresses: list[int]) -> list[str]:
         """The SHA-256 of pages, by their addresses."""

@@ -95,7 +95,7 @@ def test_free_pages_are_reported() -> None:
 def test_disk_is_a_raw_file_with_the_hosts_cache() -> None:
     """Any cache= that bypasses the host's would pin guest pages."""
     assert parsed().find("devices/disk") is None
-    domain = parsed(disk=Path("/disks/one.img"))
+    domain = parsed(dataclasses.replace(SPEC, disk=Path("/disks/one.img")))
     assert attributes(domain, "devices/disk/driver") == {"name": "qemu", "type": "raw"}
     assert attributes(domain, "devices/disk/source") == {"file": "/disks/one.img"}
     assert attributes(domain, "devices/disk/target") == {"dev": "vda", "bus": "virtio"}
