@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+from mktme.engine.integrity import Violation
 from mktme.proof.bench import ENGINE_MEMORY_BASE_BYTES, ENGINE_MEMORY_SHARE
 from mktme.proof.confidentiality import Canary, find_canary, search_dram
 from mktme.proof.dimms import Dimms
@@ -102,10 +103,11 @@ def test_a_flipped_bit_is_a_machine_check_with_integrity() -> None:
             vm.domain.console.run("sha256sum /run/canary", timeout_s=15)
         assert "Kernel panic - not syncing: Fatal machine check" in str(caught.value)
         found = platform.poisoned[0]
-        assert (found.address, found.keyid, found.lines) == (
+        assert (found.address, found.keyid, found.lines, found.kind) == (
             vm.base + offset + 5 * 64,
             vm.keyid,
             1 << 5,
+            Violation.MISMATCH,
         )
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from mktme import cli_tamper
 from mktme.cli import ExitCode
 from mktme.datapath.kinds import DataPath
+from mktme.engine.integrity import Violation
 from mktme.engine.xts import Algorithm
 from mktme.proof import tamper as suite
 from mktme.proof.attacks import ATTACKS
@@ -37,6 +38,7 @@ CHECK = MachineCheck(
     address=0x8140,
     keyid=1,
     lines=1,
+    kind=Violation.MISMATCH,
     guest_physical=0x8140,
     reported=0x8000,
     console="Kernel panic - not syncing: Fatal machine check",

@@ -31,8 +31,9 @@ from mktme.datapath.window import Window
 from mktme.engine.controller import BATCH_PAGES, WORDS_PER_PAGE, MemoryController
 from mktme.engine.dram import Region
 from mktme.engine.errors import DramFullError
+from mktme.engine.integrity import Violation
 from mktme.engine.pages import as_lines, pack_masks, runs_of_consecutive
-from mktme.engine.xts import LINES_PER_PAGE, PAGE_BYTES
+from mktme.engine.xts import LINE_BYTES, LINES_PER_PAGE, PAGE_BYTES
 
 EVICT_PAGES: Final = 64
 """How many pages leave at once: encrypting few at a time costs several times as much a page."""
@@ -73,11 +74,13 @@ class Poison:
         page: its number in RAM.
         keyid: the KeyID that it was read with.
         lines: bit i is set if line i does not match its MAC.
+        kind: what is wrong with the first of them.
     """
 
     page: int
     keyid: int
     lines: int
+    kind: Violation
 
 
 class InlineDataPath:
@@ -283,8 +286,10 @@ class InlineDataPath:
     def _hold_poisoned(self, page: int, lines: int) -> None:
         self._poisoned[page] = lines
         self.counters.pages_poisoned += 1
-        keyid = self._controller.keyid_at((self._first_dram_page + page) * PAGE_BYTES)
-        self.found_poison.append(Poison(page, keyid, lines))
+        address = (self._first_dram_page + page) * PAGE_BYTES
+        first = (lines & -lines).bit_length() - 1
+        kind = self._controller.violation_at(address + first * LINE_BYTES)
+        self.found_poison.append(Poison(page, self._controller.keyid_at(address), lines, kind))
 
     def _evict(self, count: int) -> None:
         """Let pages go out into DRAM; all of them, or DramError and none."""

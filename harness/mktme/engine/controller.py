@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mktme.engine.dram import Dram, PageRange, Region
 from mktme.engine.errors import AddressError, IntegrityError, KeyIdError
-from mktme.engine.integrity import LineMacs
+from mktme.engine.integrity import LineMacs, Violation
 from mktme.engine.keys import KeyTable
 from mktme.engine.mac_area import MacUpdate, read_entries
 from mktme.engine.pages import (
@@ -348,6 +348,18 @@ class MemoryController:
             masks = pack_masks(bad.reshape(-1, LINES_PER_PAGE))
             poisoned[start : start + BATCH_PAGES] = masks
         return out
+
+    def violation_at(self, address: int) -> Violation:
+        """What is wrong with a poisoned line.
+
+        Raises:
+            AddressError: the address is not in DRAM.
+            DramError: the MAC area cannot be read.
+        """
+        page, offset = divmod(address, PAGE_BYTES)
+        self._dram.check_range(address, 1)
+        entry = read_entries(self._dram, np.array([page]))[0, offset // LINE_BYTES]
+        return Violation.MISMATCH if entry else Violation.NO_MAC
 
     def read(self, address: int, size_bytes: int, keyid: int | None = None) -> bytearray:
         """Read lines from DRAM.

@@ -26,6 +26,7 @@ How it is made fast
 
 from __future__ import annotations
 
+import enum
 import hashlib
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -66,6 +67,15 @@ _MESSAGE_BYTES: Final = 8 + LINE_BYTES
 # What goes to OpenSSL, address and ciphertext. A row viewed as one item becomes `bytes`.
 _messages: Final = np.empty((_BATCH_LINES, _MESSAGE_BYTES // 8), np.uint64)
 _messages_items: Final = _messages.view(f"V{_MESSAGE_BYTES}").reshape(-1)
+
+
+class Violation(enum.Enum):
+    """What is wrong with a line that is poisoned."""
+
+    MISMATCH = "mac-mismatch"
+    """It has the MAC of other contents, of another address, or under another key."""
+    NO_MAC = "no-mac"
+    """It was written through a KeyID without integrity, or not to the end."""
 
 
 class LineMacs:

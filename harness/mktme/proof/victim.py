@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from mktme.engine.integrity import Violation
 from mktme.engine.xts import LINE_BYTES, PAGE_BYTES
 from mktme.proof.confidentiality import Canary
 from mktme.proof.damage import BLOCK_BYTES, Damage, Outcome, Written, classify
@@ -36,6 +37,7 @@ class MachineCheck:
         address: of the first bad line in DRAM.
         keyid: what it was read with.
         lines: how many lines of its page were bad.
+        kind: what was wrong with the first.
         guest_physical: where the guest has it.
         reported: the address that the guest's kernel reported, good to 4 KiB; None if none.
         console: the guest's own line on its console.
@@ -45,6 +47,7 @@ class MachineCheck:
     address: int
     keyid: int
     lines: int
+    kind: Violation
     guest_physical: int
     reported: int | None
     console: str
@@ -159,6 +162,7 @@ class Victim:
             address=found.address,
             keyid=found.keyid,
             lines=found.lines.bit_count(),
+            kind=found.kind,
             guest_physical=self._guest_physical(found),
             reported=int(addresses[0], 16) if addresses else None,
             console=lines[-1].strip() if lines else "",

@@ -72,6 +72,7 @@ class Vm:
             address=address + first_line * LINE_BYTES,
             keyid=poison.keyid,
             lines=poison.lines,
+            kind=poison.kind,
         )
 
 

@@ -25,6 +25,7 @@ from mktme.datapath.window import Policy
 from mktme.engine.dram import GuestSegment, PageRange
 from mktme.engine.errors import MktmeError
 from mktme.engine.firmware import PlatformConfig, PlatformConfigError
+from mktme.engine.integrity import Violation
 from mktme.engine.keys import KeyMode
 from mktme.engine.package import PowerEvent
 from mktme.engine.xts import Algorithm
@@ -556,6 +557,7 @@ class PagePoisoned(Message, frozen=True):
         address: of the first bad line in DRAM.
         keyid: the KeyID that it was read with.
         lines: bit i is set if line i of the page is bad.
+        kind: what is wrong with the first bad line.
     """
 
     vm: UUID
@@ -563,6 +565,7 @@ class PagePoisoned(Message, frozen=True):
     address: int
     keyid: int
     lines: int
+    kind: Violation
 
 
 Event: TypeAlias = (

@@ -557,7 +557,7 @@ class Platform:
         address = guest_physical(event.ram_offset, domain.spec.memory_bytes) + line * LINE_BYTES
         self._notice(
             f"{domain.label}: memory at {address:#x} (KeyID {event.keyid}) is not what was written"
-            " there: machine check"
+            f" there ({event.kind.value}): machine check"
         )
         with contextlib.suppress(VmError, ServiceError):  # it ended meanwhile
             domain.machine_check(

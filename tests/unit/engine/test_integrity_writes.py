@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from mktme.engine.dram import Dram, Region, mac_path
 from mktme.engine.errors import DramFullError, IntegrityError
+from mktme.engine.integrity import Violation
 
 from .macs import (
     ALL_LINES,
@@ -66,6 +67,8 @@ def test_write_makes_a_poisoned_line_good(platform: Platform) -> None:
     platform.line(3 * PAGE, b"x" * LINE)
     platform.entry(3 * PAGE + LINE, bytes(4))
     assert platform.read(3)[1] == 0b11
+    kinds = [platform.controller.violation_at(3 * PAGE + at) for at in (0, LINE)]
+    assert kinds == [Violation.MISMATCH, Violation.NO_MAC]
     # Nothing but the lines named is looked at; line 1's ciphertext is there, but not its MAC.
     assert platform.write(3, content(1), mask=0b100) == 0
     assert platform.read(3)[1] == 0b11

@@ -9,10 +9,12 @@ import uuid
 from types import SimpleNamespace
 from typing import cast
 
+import msgspec
 import pytest
 
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
+from mktme.engine.integrity import Violation
 from mktme.proof.attacks import ATTACKS
 from mktme.proof.damage import ALL_LINES, Damage, Outcome
 from mktme.proof.eviction import check_window
@@ -41,7 +43,14 @@ REPORTED = (
     "[    9.1] mce: [Hardware Error]: TSC 0 ADDR 7000 MISC 8c \n"
     "[    9.1] Kernel panic - not syncing: Fatal machine check\n"
 )
-POISONED = PagePoisoned(vm=VM, ram_offset=OFFSET, address=BASE + AT, keyid=KEYID, lines=FIFTH)
+POISONED = PagePoisoned(
+    vm=VM,
+    ram_offset=OFFSET,
+    address=BASE + AT,
+    keyid=KEYID,
+    lines=FIFTH,
+    kind=Violation.MISMATCH,
+)
 
 
 class Guest:
@@ -76,9 +85,8 @@ def panic(said: str = REPORTED) -> GuestPanicError:
     return GuestPanicError("lost", said)
 
 
-def replaced(**fields: int) -> PagePoisoned:
-    values = {name: getattr(POISONED, name) for name in POISONED.__struct_fields__}
-    return PagePoisoned(**{**values, **fields})
+def replaced(**fields: int | uuid.UUID) -> PagePoisoned:
+    return msgspec.structs.replace(POISONED, **fields)
 
 
 # --- what a guest says --------------------------------------------------------------------------
@@ -175,9 +183,7 @@ def test_machine_check_that_is_not_right_is_none(
 
 
 def test_poison_of_another_guest_is_not_this_ones() -> None:
-    other = PagePoisoned(
-        vm=uuid.uuid4(), ram_offset=OFFSET, address=BASE + AT, keyid=KEYID, lines=FIFTH
-    )
+    other = replaced(vm=uuid.uuid4())
     assert "of nothing" in look(victim(panic(), other)).detail
 
 

@@ -17,6 +17,7 @@ from mktme.datapath.shadow import ShadowCounters, Track
 from mktme.datapath.window import Policy
 from mktme.engine.dram import GuestSegment, PageRange
 from mktme.engine.firmware import Exclusion, PlatformConfig
+from mktme.engine.integrity import Violation
 from mktme.engine.keys import KeyMode
 from mktme.engine.package import PowerEvent
 from mktme.engine.secret import KeyMemory
@@ -155,7 +156,14 @@ EVENTS: list[wire.Event] = [
     wire.DramFull(vm=VM, message="full"),
     wire.DramCaughtUp(vm=VM),
     wire.VmFault(vm=VM, message="gone"),
-    wire.PagePoisoned(vm=VM, ram_offset=4096, address=(2 << 20) + 4160, keyid=1, lines=2),
+    wire.PagePoisoned(
+        vm=VM,
+        ram_offset=4096,
+        address=(2 << 20) + 4160,
+        keyid=1,
+        lines=2,
+        kind=Violation.MISMATCH,
+    ),
 ]
 
 
