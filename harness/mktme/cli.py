@@ -372,21 +372,20 @@ def _guest_table(guests: tuple[GuestReport, ...]) -> Table:
 
 def _data_path(guest: GuestReport) -> str:
     if guest.paging is not None:
-        return f"inline {guest.paging.window_bytes >> 20}M"
+        return f"inline {guest.paging.policy.value}"
     return guest.track.value if guest.track else "plain QEMU"
 
 
 def _window_table(guests: tuple[GuestReport, ...]) -> Table:
-    figures = ("window", "peak", "faults", "median", "p99", "pages in", "read ahead", "pages out")
-    table = make_table("Windows", "guest", "policy", *figures, right=figures)
+    figures = ("peak, MiB", "faults", "median", "p99", "pages in", "of them ahead", "pages out")
+    title = "Windows: the most that was plaintext, and how long who waits for a page does"
+    table = make_table(title, "guest", *figures, right=figures)
     for guest in guests:
         paging = guest.paging
         if paging is not None:
             table.add_row(
                 guest.name,
-                paging.policy.value,
-                f"{paging.window_bytes / (1 << 20):.1f} M",
-                f"{paging.peak_bytes / (1 << 20):.1f} M",
+                f"{paging.peak_bytes / (1 << 20):.1f} of {paging.window_bytes / (1 << 20):.1f}",
                 f"{paging.faults:,}",
                 _microseconds(paging.fault_median_s),
                 _microseconds(paging.fault_p99_s),

@@ -125,6 +125,7 @@ class InlineDataPath:
         self.service_times = Latencies()
         """From when the engine has read a fault until who waits can go on."""
         self._pages = np.empty((BATCH_PAGES, WORDS_PER_PAGE), dtype=np.uint64)
+        self._pages_address = self._pages.ctypes.data
         self._masks = np.zeros(BATCH_PAGES, dtype=np.uint64)
         self._adopt()
 
@@ -159,11 +160,10 @@ class InlineDataPath:
                 self._note(event, read_at)
         while self._waiting:
             page, since = self._waiting[0]
-            ahead = self._fetch(page)
+            came_in = self._fetch(page, since)
             self._waiting.popleft()
-            self.service_times.add(time.perf_counter_ns() - since)
-            if ahead:
-                self._read_ahead(page + 1, ahead)
+            if came_in:
+                self._read_ahead(page)
         if self._window.room < self._reserve:
             # Nobody waits for it now, who would if the next fault found no room.
             with suppress(DramFullError):
@@ -175,7 +175,7 @@ class InlineDataPath:
         lines = self._poisoned.pop(page, None)
         if lines is not None:
             self._released[page] = lines
-            self._fetch(page, poison_is_known=True)
+            self._fetch(page)
 
     def drain(self) -> Iterator[int]:
         """As `flush`: what the window holds is all that DRAM can lack."""
@@ -232,8 +232,13 @@ class InlineDataPath:
         self._controller.discard(self._first_dram_page + first, len(pages))
         self.counters.pages_vanished += len(pages)
 
-    def _fetch(self, page: int, *, poison_is_known: bool = False) -> int:
-        """Bring a page in; returns how many behind it are worth bringing in, too."""
+    def _fetch(self, page: int, since_ns: int | None = None) -> bool:
+        """Give who waits for a page what it waits for; returns whether the page came in for that.
+
+        Args:
+            page: its number in RAM.
+            since_ns: when the engine heard of the fault, None if it is known to be poisoned.
+        """
         host = self._link.host_address(page)
         if page in self._window:
             # Two asked for it, or it was punched away behind our back and is zero.
@@ -241,47 +246,54 @@ class InlineDataPath:
                 self.counters.pages_vanished += 1
             else:
                 self._uffd.wake(host, PAGE_BYTES)
-            return 0
+            return False
         if not self._window.room:
             self._evict(EVICT_PAGES)
-        ahead = 0 if poison_is_known else self._window.read_ahead(page) - 1
-        masks = self._masks[:1]
-        plaintext = self._pages[:1]
-        self._controller.read_pages(self._first_dram_page + page, 1, out=plaintext, poisoned=masks)
-        if masks[0] and not poison_is_known:
-            self._hold_poisoned(page, int(masks[0]))
-            return 0
-        if not self._uffd.copy(host, plaintext, PAGE_BYTES):
+        poisoned = self._masks[:1]
+        self._controller.read_pages(
+            self._first_dram_page + page, 1, out=self._pages[:1], poisoned=poisoned
+        )
+        if since_ns is not None and poisoned[0]:
+            self._hold_poisoned(page, int(poisoned[0]))
+            return False
+        if not self._uffd.copy(host, self._pages_address, PAGE_BYTES):
             self._uffd.wake(host, PAGE_BYTES)
+        if since_ns is not None:
+            self.service_times.add(time.perf_counter_ns() - since_ns)
         self._window.admit(page)
         self.counters.pages_fetched += 1
-        return ahead
+        return True
 
-    def _read_ahead(self, page: int, count: int) -> None:
-        """Bring in pages that nobody waits for yet; who does meanwhile gets them."""
-        count = min(count, self._window.room, self._pages_to_read_ahead(page))
+    def _read_ahead(self, page: int) -> None:
+        """Bring in pages behind one that came in, if they will be wanted; nobody waits for them.
+
+        Who asks for one meanwhile gets it as it comes in.
+        """
+        first = page + 1
+        count = min(
+            self._window.read_ahead(page) - 1, self._window.room, self._pages_in_a_row(first)
+        )
         if not count:
             return
-        masks = self._masks[:count]
-        plaintext = self._pages[:count]
+        poisoned = self._masks[:count]
         self._controller.read_pages(
-            self._first_dram_page + page, count, out=plaintext, poisoned=masks
+            self._first_dram_page + first, count, out=self._pages[:count], poisoned=poisoned
         )
-        if masks.any():
-            count = int(np.flatnonzero(masks)[0])  # what is poisoned is not read ahead
+        if poisoned.any():
+            count = int(np.flatnonzero(poisoned)[0])  # what is poisoned is not read ahead
             if not count:
                 return
-        host = self._link.host_address(page)
-        copied = self._uffd.copy(host, plaintext, count * PAGE_BYTES) // PAGE_BYTES
-        self._window.admit_range(page, copied)
+        host = self._link.host_address(first)
+        copied = self._uffd.copy(host, self._pages_address, count * PAGE_BYTES) // PAGE_BYTES
+        self._window.admit_range(first, copied)
         self.counters.pages_fetched += copied
         self.counters.pages_read_ahead += copied
 
-    def _pages_to_read_ahead(self, page: int) -> int:
-        """How many pages from one on can be read at once."""
-        if page >= self._link.ram_pages:
+    def _pages_in_a_row(self, first: int) -> int:
+        """How many pages from one on can be put into QEMU's memory at once."""
+        if first >= self._link.ram_pages:
             return 0
-        return min(BATCH_PAGES, self._link.pages_to_block_end(page))
+        return min(BATCH_PAGES, self._link.pages_to_block_end(first))
 
     def _hold_poisoned(self, page: int, lines: int) -> None:
         self._poisoned[page] = lines

@@ -581,8 +581,12 @@ class MemoryController:
     def _line_addresses(self, numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
         """Addresses of all lines of pages, shape (n * 64,), valid until the next call."""
         addresses = self._addresses[: len(numbers)]
-        bases = numbers.astype(np.uint64) * np.uint64(PAGE_BYTES)
-        np.add(bases[:, np.newaxis], self._line_offsets, out=addresses)
+        if len(numbers) == 1:  # the page of a fault, as in `runs_of_equal`
+            base = np.uint64(int(numbers[0]) * PAGE_BYTES)
+            np.add(self._line_offsets, base, out=addresses[0])
+        else:
+            bases = numbers.astype(np.uint64) * np.uint64(PAGE_BYTES)
+            np.add(bases[:, np.newaxis], self._line_offsets, out=addresses)
         return addresses.reshape(-1)
 
     def _raise_for(

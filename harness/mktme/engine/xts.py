@@ -56,6 +56,7 @@ _BATCH_LINES: Final = 4096
 # 0-d arrays, because numpy takes 0.4 us less for each call with one than with a Python int.
 _ONE: Final = np.array(1, np.int64)
 _SIGN_SHIFT: Final = np.array(63, np.int64)
+_WORD: Final = np.dtype(np.uint64)
 # x^128 = x^7 + x^2 + x + 1
 _REDUCTION: Final = np.array(0x87, np.int64)
 
@@ -302,7 +303,8 @@ def _public_masks(public_key: bytes) -> NDArray[np.int64]:
 
 def check_words(name: str, array: NDArray[np.uint64], shape: tuple[int, ...]) -> None:
     """Raise TypeError or ValueError unless an array is uint64, C-contiguous, of that shape."""
-    if not isinstance(array, np.ndarray) or array.dtype != np.uint64:
+    # There is one dtype object for it, unless it was unpickled; to compare them takes longer.
+    if not isinstance(array, np.ndarray) or (array.dtype is not _WORD and array.dtype != _WORD):
         raise TypeError(f"{name} must be a uint64 array")
     if array.shape != shape or not array.flags.c_contiguous:
         raise ValueError(
