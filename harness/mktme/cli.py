@@ -378,7 +378,7 @@ def _data_path(guest: GuestReport) -> str:
 
 def _window_table(guests: tuple[GuestReport, ...]) -> Table:
     figures = ("peak, MiB", "faults", "median", "p99", "pages in", "of them ahead", "pages out")
-    title = "Windows: the most that was plaintext, and how long who waits for a page does"
+    title = "Windows: plaintext at most, page faults and their service, pages moved"
     table = make_table(title, "guest", *figures, right=figures)
     for guest in guests:
         paging = guest.paging
