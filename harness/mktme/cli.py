@@ -61,8 +61,9 @@ from mktme.service.client import EngineRefusedError
 from mktme.service.platform_file import read_platform
 from mktme.service.wire import RoleError
 from mktme.vm import doctor, images
+from mktme.vm.config import VmConfig, check_data_path
 from mktme.vm.pages import parse_pages
-from mktme.vm.platform import Platform, VmConfig, check_data_path
+from mktme.vm.platform import Platform
 from mktme.vm.sizes import parse_window
 
 _USAGE_ERRORS: Final = (UsageError, PlatformConfigError, images.UnknownGuestError)

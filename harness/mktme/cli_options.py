@@ -12,8 +12,8 @@ from rich.markup import escape
 
 from mktme.cli_output import err
 from mktme.vm import images
+from mktme.vm.config import check_sizes
 from mktme.vm.host import UsageError
-from mktme.vm.platform import check_sizes
 from mktme.vm.sizes import parse_size
 
 

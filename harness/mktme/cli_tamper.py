@@ -26,7 +26,7 @@ from mktme.proof import tamper as suite
 from mktme.proof.eviction import check_window
 from mktme.proof.report import write_json
 from mktme.proof.tamper import AttackReport, Finding, TamperReport
-from mktme.vm.platform import VmConfig, check_data_path
+from mktme.vm.config import VmConfig, check_data_path
 from mktme.vm.sizes import parse_window
 
 

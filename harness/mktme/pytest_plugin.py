@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 if TYPE_CHECKING:
-    from mktme.vm.platform import Platform, Vm, VmConfig
+    from mktme.vm.config import VmConfig
+    from mktme.vm.platform import Platform, Vm
 
 MARKER: Final = (
     "mktme(guest='tiny', datapath='shadow', track='stores+pages', memory='512M', vcpus=1,"
@@ -132,9 +133,9 @@ def vm_config(
     from mktme.engine.keys import KeyMode
     from mktme.engine.xts import Algorithm
     from mktme.vm import images
+    from mktme.vm.config import VmConfig, check_config
     from mktme.vm.host import UsageError
     from mktme.vm.pages import parse_pages
-    from mktme.vm.platform import VmConfig, check_config
     from mktme.vm.sizes import parse_size, parse_window
 
     if datapath not in {one.value for one in DataPath}:

@@ -30,7 +30,8 @@ from mktme.engine.errors import MktmeError
 from mktme.proof.transparency import run_workload
 from mktme.service.wire import Paging
 from mktme.vm import images
-from mktme.vm.platform import Platform, VmConfig, region_bytes
+from mktme.vm.config import VmConfig, region_bytes
+from mktme.vm.platform import Platform
 
 CHOICES: Final = (
     (Policy.FIFO, None),

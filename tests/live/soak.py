@@ -24,8 +24,9 @@ from mktme.engine.errors import MktmeError
 from mktme.proof.residency import sampled
 from mktme.proof.transparency import run_workload
 from mktme.pytest_plugin import vm_config
+from mktme.vm.config import VmConfig
 from mktme.vm.console import Console, VmError
-from mktme.vm.platform import Platform, Vm, VmConfig
+from mktme.vm.platform import Platform, Vm
 
 MIB: Final = 1 << 20
 STEP_TIMEOUT_S: Final = 1800.0  # the longest takes 250 s

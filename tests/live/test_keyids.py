@@ -24,9 +24,10 @@ from mktme.proof.isolation import Subject, canary_subject, isolation_matrix
 from mktme.proof.transparency import compare_memory, run_workload
 from mktme.pytest_plugin import vm_config
 from mktme.service.client import EngineRefusedError
+from mktme.vm.config import VmConfig
 from mktme.vm.console import VmError
 from mktme.vm.pages import GuestPages, PageUse
-from mktme.vm.platform import Platform, Vm, VmConfig
+from mktme.vm.platform import Platform, Vm
 
 from .conftest import Command
 

@@ -37,11 +37,11 @@ from mktme.proof.runs import RunOptions
 from mktme.service import wire
 from mktme.service.client import EngineGoneError, EngineRefusedError
 from mktme.vm import doctor, images
+from mktme.vm.config import VmConfig
 from mktme.vm.console import VmError, VmLostError
 from mktme.vm.doctor import Finding
 from mktme.vm.host import EnvironmentUnfitError, UsageError
 from mktme.vm.images import ImageError, UnknownGuestError
-from mktme.vm.platform import VmConfig
 
 from .command import Mktme, Result, runner
 from .proof.test_report import ENVIRONMENT, REPORT

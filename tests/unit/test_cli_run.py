@@ -27,10 +27,11 @@ from mktme.proof.report import RunReport
 from mktme.proof.runs import Narrator, RunOptions
 from mktme.service.client import EngineGoneError
 from mktme.vm import images
+from mktme.vm.config import VmConfig
 from mktme.vm.console import VmError
 from mktme.vm.images import GuestImage
 from mktme.vm.pages import GuestPages, PageUse
-from mktme.vm.platform import Platform, VmConfig
+from mktme.vm.platform import Platform
 
 from .command import Mktme, Result, runner
 from .proof.test_report import GUEST, REPORT

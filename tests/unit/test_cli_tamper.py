@@ -25,8 +25,8 @@ from mktme.proof.runs import Narrator
 from mktme.proof.tamper import AttackReport, Finding, TamperReport
 from mktme.proof.victim import MachineCheck
 from mktme.vm import images
+from mktme.vm.config import VmConfig
 from mktme.vm.images import GuestImage
-from mktme.vm.platform import VmConfig
 
 from .command import Mktme, Result, runner
 from .proof.test_report import ENVIRONMENT

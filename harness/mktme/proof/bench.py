@@ -35,8 +35,9 @@ from mktme.proof.runs import Narrator
 from mktme.proof.transparency import run_workload
 from mktme.service.client import EngineProcess
 from mktme.service.wire import Memory, Paging, Traffic
+from mktme.vm.config import VmConfig, region_bytes
 from mktme.vm.host import EnvironmentUnfitError
-from mktme.vm.platform import Platform, VmConfig, region_bytes
+from mktme.vm.platform import Platform
 from mktme.vm.reaper import process_dir
 
 PLAIN: Final = "plain"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from mktme.engine.firmware import PlatformConfig
 from mktme.engine.xts import Algorithm
+from mktme.vm.config import region_bytes
 from mktme.vm.host import UsageError
 from mktme.vm.pages import GuestPages
-from mktme.vm.platform import region_bytes
 
 
 @dataclass(frozen=True, slots=True)

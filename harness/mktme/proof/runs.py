@@ -37,7 +37,8 @@ from mktme.proof.isolation import IsolationMatrix, canary_subject, isolation_mat
 from mktme.proof.report import Check, GuestReport, RunReport, environment
 from mktme.proof.residency import Residency, sampled
 from mktme.proof.transparency import MemoryComparison, Progress, compare_memory, run_workload
-from mktme.vm.platform import BOOT_TIMEOUT_S, Platform, Vm, VmConfig
+from mktme.vm.config import VmConfig
+from mktme.vm.platform import BOOT_TIMEOUT_S, Platform, Vm
 
 DEMO_GUESTS: Final = ("alice", "bob")
 _T = TypeVar("_T")

@@ -33,8 +33,9 @@ from mktme.proof.report import Environment, environment
 from mktme.proof.runs import Narrator
 from mktme.proof.victim import MachineCheck, Victim
 from mktme.service.client import EngineRefusedError
+from mktme.vm.config import VmConfig, region_bytes
 from mktme.vm.host import UsageError
-from mktme.vm.platform import Platform, VmConfig, region_bytes
+from mktme.vm.platform import Platform
 
 WITHOUT: Final = Algorithm.AES_XTS_128
 WITH_INTEGRITY: Final = Algorithm.AES_XTS_128_INTEGRITY

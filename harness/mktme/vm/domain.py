@@ -43,8 +43,6 @@ _MCI_MISC: Final = 0x8C  # the address is physical, and good to 4 KiB
 _QUEUE_TIMEOUT_S: Final = 5.0
 _SUSPEND_TIMEOUT_S: Final = 30.0
 _POLL_S: Final = 0.002
-# Of QEMU's jobs, those that make a file or take a snapshot.
-_JOB_POLL_S: Final = 0.02
 
 ET.register_namespace("qemu", _QEMU_NAMESPACE)
 
@@ -375,15 +373,26 @@ class Domain:
             VmError: it failed, or has not ended in time.
         """
         job = f"mktme-{command}"
-        self.qmp(command, **{"job-id": job}, **arguments)
-        deadline = time.monotonic() + timeout_s
-        while True:
-            state = next(one for one in self.qmp("query-jobs") if one["id"] == job)
-            if state["status"] == "concluded":
-                break
-            if time.monotonic() > deadline:
+        concluded = threading.Event()
+
+        def note(*event: Any) -> None:
+            details = json.loads(event[-2])
+            if (details["id"], details["status"]) == (job, "concluded"):
+                concluded.set()
+
+        connection = self._host.connection
+        handle = self._call(
+            lambda: libvirt_qemu.qemuMonitorEventRegister(
+                connection, self._domain, "JOB_STATUS_CHANGE", note, None
+            )
+        )
+        try:
+            self.qmp(command, **{"job-id": job}, **arguments)
+            if not concluded.wait(timeout_s):
                 raise VmError(f"{self.label}: {command} has not ended after {timeout_s:g} s")
-            time.sleep(_JOB_POLL_S)
+        finally:
+            self._call(lambda: libvirt_qemu.qemuMonitorEventDeregister(connection, handle))
+        state = next(one for one in self.qmp("query-jobs") if one["id"] == job)
         self.qmp("job-dismiss", id=job)
         if "error" in state:
             raise VmError(f"{self.label}: {command}: {state['error']}")

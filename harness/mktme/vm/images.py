@@ -24,7 +24,6 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
-import lzma
 import os
 import platform
 import re
@@ -43,6 +42,7 @@ from pathlib import Path
 import msgspec
 
 from mktme.engine.errors import MktmeError
+from mktme.vm.kernel_modules import depends_on, is_closure, module_files, module_name
 
 __all__ = [
     "GuestImage",
@@ -65,7 +65,6 @@ _KERNEL_MEMBER = r"\./boot/vmlinuz-[^/]+"
 # Debian 13 has below /usr what Debian 12 had in / as well.
 _ROOT_MEMBER = r"\./(usr/)?"
 _MODULE_MEMBER = _ROOT_MEMBER + r"lib/modules/[^/]+/.+/(NAMES)\.ko(\.xz)?"
-_MODINFO_DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
 
 _APT_HINT = "refresh apt's index with `sudo apt-get update`; check its sources and the network"
 
@@ -241,7 +240,7 @@ def verify(image: GuestImage, *, recipes: Path = RECIPES_DIR) -> Manifest:
         modules = {one.path: content[one] for one in manifest.modules}
         if packaged.keys() != recipe.packages.keys():
             raise _damaged(image_dir, "manifest.json does not have the files of the recipe")
-        if {one.name for one in manifest.modules} - {manifest.kernel.name} or not _is_closure(
+        if {one.name for one in manifest.modules} - {manifest.kernel.name} or not is_closure(
             modules, recipe.modules
         ):
             raise _damaged(image_dir, "manifest.json does not have the modules of the recipe")
@@ -391,14 +390,14 @@ def _take_modules(
     Returns:
         Where each module is from, and the file; by path.
     """
-    wanted = {_module_name(name) for name in names}
+    wanted = {module_name(name) for name in names}
     taken: dict[str, tuple[str, bytes]] = {}
     while missing := wanted - taken.keys():
         names_pattern = "|".join(re.escape(name).replace("_", "[-_]") for name in sorted(missing))
         member = _MODULE_MEMBER.replace("NAMES", names_pattern)
         for path, data in _members(build_dir / f"{entry.name}.deb", member, len(missing)):
-            taken[_module_name(path)] = (path, data)
-            wanted.update(_depends(data))
+            taken[module_name(path)] = (path, data)
+            wanted.update(depends_on(data))
         if absent := sorted(missing - taken.keys()):
             raise ImageError(
                 f"{entry.name} {entry.version} has no kernel module {', '.join(absent)}",
@@ -408,66 +407,6 @@ def _take_modules(
         (Package(entry.name, entry.version, entry.sha256, path, _sha256(data)), data)
         for path, data in sorted(taken.values())
     ]
-
-
-def _module_name(path: str) -> str:
-    """A module's name as the kernel has it, which knows no hyphens (modprobe(8))."""
-    return Path(path).name.split(".ko")[0].replace("-", "_")
-
-
-def _depends(module: bytes) -> list[str]:
-    """The modules that a module needs: ``depends`` in its .modinfo section (modinfo(8))."""
-    if module.startswith(b"\xfd7zXZ\0"):
-        module = lzma.decompress(module)
-    found = _MODINFO_DEPENDS.search(module)
-    names = "" if found is None else found[1].decode()
-    return [_module_name(name) for name in names.split(",") if name]
-
-
-def _dependencies(modules: dict[str, bytes]) -> dict[str, list[str]]:
-    """For each module, by path: the paths of all that it needs, each before what needs it."""
-    paths = {_module_name(path): path for path in modules}
-    depends = {name: _depends(modules[path]) for name, path in paths.items()}
-
-    def add(name: str, needed: dict[str, None]) -> None:
-        for other in depends[name]:
-            if other not in needed:
-                add(other, needed)
-                needed[other] = None
-
-    order: dict[str, list[str]] = {}
-    for name, path in paths.items():
-        needed: dict[str, None] = {}
-        add(name, needed)
-        order[path] = [paths[other] for other in needed]
-    return order
-
-
-def _is_closure(modules: dict[str, bytes], names: Iterable[str]) -> bool:
-    """Whether `modules`, by path, are those of `names` and what they depend on, and no others."""
-    depends = {_module_name(path): _depends(data) for path, data in modules.items()}
-    reached = {_module_name(name) for name in names}
-    todo = list(reached)
-    while todo:
-        new = set(depends.get(todo.pop(), ())) - reached
-        reached |= new
-        todo += new
-    return reached == depends.keys()
-
-
-def _module_files(modules: dict[str, bytes]) -> dict[str, bytes]:
-    """Modules, by path, with the ``modules.dep`` beside them that tells modprobe(8) their order."""
-    files = dict(modules)
-    lines: dict[str, list[str]] = {}
-    for path, needed in sorted(_dependencies(modules).items()):
-        # lib/modules/RELEASE/kernel/...; in modules.dep, without the first three.
-        parents, inner = path.split("/")[:3], [one.split("/", 3)[3] for one in (path, *needed)]
-        # What is loaded first comes last (modules.dep(5)).
-        line = " ".join((f"{inner[0]}:", *reversed(inner[1:])))
-        lines.setdefault("/".join(parents), []).append(line)
-    for directory, told in lines.items():
-        files[f"{directory}/modules.dep"] = "".join(f"{line}\n" for line in told).encode()
-    return files
 
 
 def _packaged_files(image_dir: Path, packages: Collection[Package]) -> dict[Package, bytes]:
@@ -520,7 +459,7 @@ def _initramfs(
 ) -> bytes:
     """Build the initramfs: the packages' files, busybox's name as a shell, the recipe's files."""
     own = {path: (recipe_dir / file).read_bytes() for path, file in recipe.files.items()}
-    files = packaged | _module_files(modules) | own
+    files = packaged | module_files(modules) | own
     directories = {str(parent) for path in files for parent in Path(path).parents} - {"."}
     entries = [_cpio_entry(path, stat.S_IFDIR | 0o755) for path in sorted(directories)]
     entries.append(_cpio_entry("bin/sh", stat.S_IFLNK | 0o777, b"busybox"))

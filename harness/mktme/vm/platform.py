@@ -33,17 +33,15 @@ from typing import Final, Self
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
 from mktme.datapath.uffd import require_fault_handling, require_write_tracking
-from mktme.datapath.window import Policy
 from mktme.engine.firmware import PlatformConfig
-from mktme.engine.keys import KeyMode
-from mktme.engine.xts import LINE_BYTES, PAGE_BYTES, Algorithm
+from mktme.engine.xts import LINE_BYTES
 from mktme.service import wire
 from mktme.service.client import EngineClient, EngineGoneError, EngineProcess, ServiceError
 from mktme.service.server import CONTROL_SOCKET
+from mktme.vm.config import VmConfig, check_config, with_window
 from mktme.vm.console import VmError
 from mktme.vm.domain import Domain, DomainSpec, guest_physical, ram_below_4g
 from mktme.vm.host import EMULATOR, EnvironmentUnfitError, Host, UsageError, plugin_path
-from mktme.vm.images import GuestImage
 from mktme.vm.pages import GuestPages, assign_pages
 from mktme.vm.reaper import ENGINE_PID_FILE, process_dir
 
@@ -59,53 +57,6 @@ ENGINE_LOST_S: Final = 60
 _PING_S: Final = 1.0
 _LIVENESS_S: Final = 0.5
 _EVENT_TIMEOUT_S: Final = 5.0
-# An instruction and its operands, page tables, and a device's buffers at once, many times over.
-MIN_WINDOW_BYTES: Final = 4 << 20
-MIN_MEMORY_BYTES: Final = 192 << 20  # with less, Linux has too little left for the workload
-REGION_ALIGN_BYTES: Final = 2 << 20
-# libvirt gives x86 guests their memory in steps of 1 MiB (qemuDomainGetMemorySizeAlignment).
-_MEMORY_STEP_BYTES: Final = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class VmConfig:
-    """A guest as asked for.
-
-    Attributes:
-        image: what it boots.
-        memory_bytes: its RAM.
-        vcpus: how many.
-        datapath: how its memory reaches the engine.
-        track: `shadow`: what tells of writes, None for plain QEMU without plugin or engine.
-            `inline`: stores, to count them, or None.
-        window_bytes: `inline`: the most plaintext there may be; None for a quarter of its RAM.
-        policy: `inline`: which pages leave a full window.
-        algorithm: of its KeyID.
-        mode: how its KeyID is programmed.
-        key_file: the known key, for `KeyMode.DIRECT`.
-        pages: ranges of its pages that are under another KeyID than its own.
-        check_tlb: have the plugin compare each translation it caches with QEMU's.
-        disk: a raw image for it to have as a virtio disk, None for a guest without.
-    """
-
-    image: GuestImage
-    memory_bytes: int = 512 << 20
-    vcpus: int = 1
-    datapath: DataPath = DataPath.SHADOW
-    track: Track | None = Track.STORES_AND_PAGES
-    window_bytes: int | None = None
-    policy: Policy = Policy.TWO_QUEUES
-    algorithm: Algorithm = Algorithm.AES_XTS_128
-    mode: KeyMode = KeyMode.RANDOM
-    key_file: Path | None = None
-    pages: tuple[GuestPages, ...] = ()
-    check_tlb: bool = False
-    disk: Path | None = None
-
-    @property
-    def plain(self) -> bool:
-        """Whether it runs without plugin and engine."""
-        return self.datapath is DataPath.SHADOW and self.track is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +229,7 @@ class Platform:
             VmError: it did not come up.
         """
         check_config(config)
-        config = _with_window(self._supported(config))
+        config = with_window(self._supported(config))
         if config.datapath is DataPath.INLINE:
             require_fault_handling()
         elif config.track is not None and config.track.pages:
@@ -577,83 +528,6 @@ class Platform:
         else:
             domain.release()
             self._notice(f"{domain.label} goes on: all it wrote is in DRAM")
-
-
-def check_config(config: VmConfig) -> None:
-    """Check what a guest is asked to be before anything is started.
-
-    Raises:
-        UsageError: with the nearest value that would do.
-    """
-    check_sizes(config.memory_bytes, config.vcpus)
-    if (config.mode is KeyMode.DIRECT) != (config.key_file is not None):
-        raise UsageError("a known key and key mode direct go together")
-    check_data_path(config.datapath, config.track, config.window_bytes, config.memory_bytes)
-    for pages in config.pages:
-        pages.ram_offset(config.memory_bytes)
-    if config.pages and config.plain:
-        raise UsageError("pages of a plain guest have no KeyIDs")
-
-
-def check_data_path(
-    datapath: DataPath, track: Track | None, window_bytes: int | None, memory_bytes: int
-) -> None:
-    """Check a guest's data path, as `check_config` does."""
-    if datapath is DataPath.SHADOW:
-        if window_bytes is not None:
-            raise UsageError("the shadow data path has no window", hint="--datapath inline")
-        return
-    if track is not None and track is not Track.STORES:
-        raise UsageError(
-            "the inline data path needs no page tracker", hint="--track stores, or leave it out"
-        )
-    if window_bytes is not None and (
-        window_bytes % PAGE_BYTES or not MIN_WINDOW_BYTES <= window_bytes <= memory_bytes
-    ):
-        if window_bytes % PAGE_BYTES:
-            what = f"not whole pages of {PAGE_BYTES} bytes"
-        elif window_bytes < MIN_WINDOW_BYTES:
-            what = "too small for a guest to run in"
-        else:
-            what = f"larger than the guest's {memory_bytes >> 20}M of memory"
-        raise UsageError(
-            f"a window of {window_bytes} bytes is {what}",
-            hint=f"--window {MIN_WINDOW_BYTES >> 20}M to {memory_bytes >> 20}M, in whole pages,"
-            " or a share such as 25%",
-        )
-
-
-def _with_window(config: VmConfig) -> VmConfig:
-    if config.datapath is DataPath.SHADOW or config.window_bytes is not None:
-        return config
-    return dataclasses.replace(config, window_bytes=config.memory_bytes // 4)
-
-
-def check_sizes(memory_bytes: int, vcpus: int) -> None:
-    """Check a guest's memory and vCPUs, as `check_config` does."""
-    nearest = max(MIN_MEMORY_BYTES, memory_bytes) >> 20
-    if memory_bytes % PAGE_BYTES:
-        raise UsageError(
-            f"{memory_bytes} bytes of memory are not whole pages of {PAGE_BYTES} bytes",
-            hint=f"--memory {nearest}M",
-        )
-    if memory_bytes % _MEMORY_STEP_BYTES:
-        raise UsageError(
-            f"{memory_bytes} bytes of memory are not whole MiB, and libvirt gives no less",
-            hint=f"--memory {nearest}M",
-        )
-    if memory_bytes < MIN_MEMORY_BYTES:
-        raise UsageError(
-            f"{memory_bytes >> 20} MiB are too little for a guest",
-            hint=f"--memory {MIN_MEMORY_BYTES >> 20}M or more",
-        )
-    if not 1 <= vcpus <= 255:
-        raise UsageError(f"{vcpus} vCPUs", hint="--vcpus 1 to 255")
-
-
-def region_bytes(memory_bytes: int) -> int:
-    """What a guest takes of DRAM: its RAM, up to the allocator's next boundary."""
-    return -(-memory_bytes // REGION_ALIGN_BYTES) * REGION_ALIGN_BYTES
 
 
 def require_memory(needed_bytes: int) -> None:

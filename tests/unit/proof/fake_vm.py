@@ -15,8 +15,9 @@ from mktme.engine.keys import KeyMode
 from mktme.engine.xts import Algorithm
 from mktme.service import wire
 from mktme.service.client import EngineClient
+from mktme.vm.config import VmConfig
 from mktme.vm.domain import Domain
-from mktme.vm.platform import Vm, VmConfig
+from mktme.vm.platform import Vm
 
 from .. import fake_qemu
 from ..fake_qemu import PAGE, FakeQemu

@@ -18,9 +18,9 @@ from mktme.proof import runs
 from mktme.proof.demand import Demand, demo_demand, mib, run_demand
 from mktme.proof.runs import RunOptions
 from mktme.service.platform_file import read_platform
+from mktme.vm.config import VmConfig
 from mktme.vm.host import UsageError
 from mktme.vm.pages import parse_pages
-from mktme.vm.platform import VmConfig
 
 from ..vm.test_domain_xml import IMAGE
 

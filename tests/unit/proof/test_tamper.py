@@ -22,10 +22,11 @@ from mktme.proof.runs import Narrator
 from mktme.proof.tamper import _in_one, _jobs, tamper
 from mktme.proof.victim import Victim
 from mktme.service.wire import PagePoisoned
+from mktme.vm.config import VmConfig
 from mktme.vm.console import CommandResult, GuestPanicError, VmLostError
 from mktme.vm.domain import Domain
 from mktme.vm.host import UsageError
-from mktme.vm.platform import Platform, Vm, VmConfig
+from mktme.vm.platform import Platform, Vm
 
 from ..vm.test_domain_xml import IMAGE
 

@@ -17,19 +17,11 @@ from mktme.engine.keys import KeyMode
 from mktme.service import wire
 from mktme.service.client import EngineClient
 from mktme.vm import platform
+from mktme.vm.config import MIN_MEMORY_BYTES, VmConfig, check_config, region_bytes
 from mktme.vm.console import VmError
 from mktme.vm.domain import Domain
 from mktme.vm.host import EnvironmentUnfitError, Host, UsageError
-from mktme.vm.platform import (
-    MIN_MEMORY_BYTES,
-    Platform,
-    VmConfig,
-    available_memory_bytes,
-    check_config,
-    region_bytes,
-    require_disk,
-    require_memory,
-)
+from mktme.vm.platform import Platform, available_memory_bytes, require_disk, require_memory
 from mktme.vm.sizes import parse_size
 
 from ..fake_qemu import VM
