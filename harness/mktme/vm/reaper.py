@@ -20,6 +20,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -35,20 +37,45 @@ _ENGINE_TIMEOUT_S: Final = 5
 @functools.cache
 def process_dir() -> Path:
     """A private directory that is gone, and all QEMUs of it, soon after this process is."""
-    # Short, since the paths of UNIX sockets end at 107 bytes.
-    directory = Path(tempfile.mkdtemp(prefix="mktme-"))
+    with _interrupts_later():
+        # Short, since the paths of UNIX sockets end at 107 bytes.
+        directory = Path(tempfile.mkdtemp(prefix="mktme-"))
+        try:
+            reaper = subprocess.Popen(
+                [sys.executable, "-m", "mktme.vm.reaper", str(directory)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,  # neither Ctrl-C nor the terminal's end may reach it
+            )
+            atexit.register(reaper.communicate)
+        except BaseException:
+            shutil.rmtree(directory)  # not yet anybody else's to remove
+            raise
+        return directory
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Let Ctrl-C in the `with` count at its end, and never for a process that is started in it.
+
+    Between a file that was made and the `try` that would remove it there always is a gap. Python's
+    tempfile has one too: it makes a file to see whether its directory will do. And a child is in
+    the terminal's foreground group until it has a session of its own; what comes before then would
+    end it, so it starts with SIGINT blocked.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Ctrl-C is the main thread's
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: came.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        reaper = subprocess.Popen(
-            [sys.executable, "-m", "mktme.vm.reaper", str(directory)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,  # neither Ctrl-C nor the terminal's end may reach it
-        )
-        atexit.register(reaper.communicate)
-    except BaseException:
-        shutil.rmtree(directory)  # not yet anybody else's to remove
-        raise
-    return directory
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def kill_leftovers(directory: Path) -> None:

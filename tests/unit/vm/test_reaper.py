@@ -39,6 +39,36 @@ sys.stdin.readline()
 """
 
 
+# One that is interrupted when its directory has been made, and is nobody's to remove yet.
+INTERRUPTED: Final = """
+import os, signal, tempfile
+from mktme.vm.reaper import process_dir
+make = tempfile.mkdtemp
+def make_and_interrupt(**options):
+    directory = make(**options)
+    os.kill(os.getpid(), signal.SIGINT)
+    return directory
+tempfile.mkdtemp = make_and_interrupt
+try:
+    process_dir()
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_interrupt_while_the_directory_is_made(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,  # the reaper has its standard error too: until it ends
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        check=True,
+        timeout=DEADLINE_S,
+    )
+    assert ended.stdout == b"interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 @contextmanager
 def pidfd(pid: int) -> Iterator[int]:
     descriptor = os.pidfd_open(pid)
