@@ -32,7 +32,7 @@ from mktme.engine.controller import BATCH_PAGES, WORDS_PER_PAGE, MemoryControlle
 from mktme.engine.dram import Region
 from mktme.engine.errors import DramFullError
 from mktme.engine.integrity import Violation
-from mktme.engine.pages import as_lines, pack_masks, runs_of_consecutive
+from mktme.engine.pages import as_lines, first_line, pack_masks, runs_of_consecutive
 from mktme.engine.xts import LINE_BYTES, LINES_PER_PAGE, PAGE_BYTES
 
 EVICT_PAGES: Final = 64
@@ -164,7 +164,7 @@ class InlineDataPath:
             self._waiting.popleft()
             if came_in:
                 self._read_ahead(page)
-        if self._window.room < self._reserve:
+        if events and self._window.room < self._reserve:
             # Nobody waits for it now, who would if the next fault found no room.
             with suppress(DramFullError):
                 self._evict(EVICT_PAGES)
@@ -299,8 +299,7 @@ class InlineDataPath:
         self._poisoned[page] = lines
         self.counters.pages_poisoned += 1
         address = (self._first_dram_page + page) * PAGE_BYTES
-        first = (lines & -lines).bit_length() - 1
-        kind = self._controller.violation_at(address + first * LINE_BYTES)
+        kind = self._controller.violation_at(address + first_line(lines) * LINE_BYTES)
         self.found_poison.append(Poison(page, self._controller.keyid_at(address), lines, kind))
 
     def _evict(self, count: int) -> None:
@@ -327,11 +326,7 @@ class InlineDataPath:
     def _write(self, pages: npt.NDArray[np.int64]) -> int:
         """Encrypt pages of the window; only lines that changed are written to DRAM."""
         plaintext = self._pages[: len(pages)]
-        index = 0
-        for page, size in _runs(pages):
-            part = plaintext[index : index + size]
-            self._link.read_into(page * PAGE_BYTES, memoryview(part.data).cast("B"))
-            index += size
+        self._link.read_pages_into(pages, plaintext)
         marks = None
         if self._stores is not None:
             marks = self._stores.take(pages) | self._looked_at[pages]

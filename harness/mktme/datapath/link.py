@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mktme.engine.errors import MktmeError
+from mktme.engine.pages import runs_of_consecutive
 from mktme.engine.xts import LINE_BYTES, PAGE_BYTES
 
 PROTOCOL_VERSION: Final = 1
@@ -346,6 +347,17 @@ class VmLink:
             if count <= 0:
                 raise LinkError(f"guest RAM ends at offset {ram_offset + filled:#x}")
             filled += count
+
+    def read_pages_into(self, pages: npt.NDArray[np.int64], buffer: npt.NDArray[np.uint64]) -> None:
+        """As `read_into`, of pages here and there.
+
+        Args:
+            pages: their numbers, ascending, shape (n,).
+            buffer: shape (n, 512), C-contiguous.
+        """
+        for start, stop in runs_of_consecutive(pages):
+            part = memoryview(buffer[start:stop].data).cast("B")
+            self.read_into(int(pages[start]) * PAGE_BYTES, part)
 
     def holes(self, first_page: int, last_page: int) -> list[tuple[int, int]]:
         """Runs of pages [start, stop) within [first_page, last_page) with no memory behind."""

@@ -23,7 +23,7 @@ from mktme.datapath.pages import PageTracker
 from mktme.datapath.stores import StoreTracker
 from mktme.engine.controller import BATCH_PAGES, MemoryController
 from mktme.engine.dram import Region
-from mktme.engine.pages import as_lines, pack_masks, runs_of_consecutive
+from mktme.engine.pages import as_lines, pack_masks
 from mktme.engine.xts import LINES_PER_PAGE, PAGE_BYTES
 
 _WORDS_PER_PAGE: Final = PAGE_BYTES // 8
@@ -272,9 +272,7 @@ class ShadowDataPath:
     def _read(self, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
         """The RAM of at most `BATCH_PAGES` pages, uint64 (n, 512), until the next call."""
         plaintext = self._plaintext[: len(pages)]
-        for start, stop in runs_of_consecutive(pages):
-            part = plaintext[start:stop]
-            self._link.read_into(int(pages[start]) * PAGE_BYTES, memoryview(part.data).cast("B"))
+        self._link.read_pages_into(pages, plaintext)
         return plaintext
 
     def _meaning(

@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from mktme.engine.pages import pack_masks
 from mktme.engine.xts import LINES_PER_PAGE
 
 _SWEEP_PAGES: Final = 1 << 15  # 2 MiB of map at a time keeps the copy in the L2 cache
@@ -53,11 +54,11 @@ class StoreTracker:
         rows, lines = np.nonzero(seen)
         self._lines[pages[rows], lines] = 0
         _full_fence()
-        return _masks(seen)
+        return pack_masks(seen != 0)
 
     def peek(self, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
         """The marks of `pages` as `take` gives them, left as they are."""
-        return _masks(self._lines[pages])
+        return pack_masks(self._lines[pages] != 0)
 
     def marked_pages(self) -> npt.NDArray[np.int64]:
         """Numbers of the pages with a mark, ascending: a sweep over the whole map."""
@@ -69,8 +70,3 @@ class StoreTracker:
             hits = np.flatnonzero(words) // (LINES_PER_PAGE // 8)
             found.append(np.unique(hits) + start)
         return np.concatenate(found)
-
-
-def _masks(marks: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-    bits = np.packbits(marks.astype(bool), axis=1, bitorder="little")
-    return bits.view("<u8").reshape(-1).astype(np.uint64, copy=False)

@@ -69,6 +69,11 @@ def pack_masks(lines: NDArray[np.bool_]) -> NDArray[np.uint64]:
     return np.packbits(lines, axis=1, bitorder="little").view(np.uint64).reshape(-1)
 
 
+def first_line(mask: int) -> int:
+    """The first line in a mask, which is not 0."""
+    return (mask & -mask).bit_length() - 1
+
+
 def unpack_masks(masks: NDArray[np.uint64]) -> NDArray[np.bool_]:
     """The inverse of `pack_masks`; ``masks`` is C-contiguous."""
     bits = np.unpackbits(masks.view(np.uint8), bitorder="little")

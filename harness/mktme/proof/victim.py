@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mktme.engine.integrity import Violation
+from mktme.engine.pages import first_line
 from mktme.engine.xts import LINE_BYTES, PAGE_BYTES
 from mktme.proof.confidentiality import Canary
 from mktme.proof.damage import BLOCK_BYTES, Damage, Outcome, Written, classify
@@ -174,7 +175,7 @@ class Victim:
 
     def _check(self, told: MachineCheck, lines: int) -> Damage:
         """Whether the machine check is of the lines that were attacked."""
-        first = self.address + ((lines & -lines).bit_length() - 1) * LINE_BYTES
+        first = self.address + first_line(lines) * LINE_BYTES
         wrong = []
         if (told.address, told.lines) != (first, lines.bit_count()):
             wrong.append(f"{told.lines} lines from {told.address:#x} on, not from {first:#x}")

@@ -32,6 +32,7 @@ from mktme.engine.dram import (
     mac_path,
 )
 from mktme.engine.package import Package
+from mktme.engine.pages import first_line
 from mktme.engine.xts import LINE_BYTES, PAGE_BYTES
 from mktme.service import wire
 
@@ -65,11 +66,10 @@ class Vm:
     def poisoned(self, poison: Poison) -> wire.PagePoisoned:
         """What control clients are told of a page whose integrity check failed."""
         address = self.region.base + poison.page * PAGE_BYTES
-        first_line = (poison.lines & -poison.lines).bit_length() - 1
         return wire.PagePoisoned(
             vm=self.uuid,
             ram_offset=poison.page * PAGE_BYTES,
-            address=address + first_line * LINE_BYTES,
+            address=address + first_line(poison.lines) * LINE_BYTES,
             keyid=poison.keyid,
             lines=poison.lines,
             kind=poison.kind,

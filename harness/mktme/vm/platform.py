@@ -34,6 +34,7 @@ from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
 from mktme.datapath.uffd import require_fault_handling, require_write_tracking
 from mktme.engine.firmware import PlatformConfig
+from mktme.engine.pages import first_line
 from mktme.engine.xts import LINE_BYTES
 from mktme.service import wire
 from mktme.service.client import EngineClient, EngineGoneError, EngineProcess, ServiceError
@@ -504,7 +505,7 @@ class Platform:
             domain = self._domains.get(event.vm)
         if domain is None:
             return  # it is gone, or never was: who waits for the page waits
-        line = (event.lines & -event.lines).bit_length() - 1
+        line = first_line(event.lines)
         address = guest_physical(event.ram_offset, domain.spec.memory_bytes) + line * LINE_BYTES
         self._notice(
             f"{domain.label}: memory at {address:#x} (KeyID {event.keyid}) is not what was written"
