@@ -126,6 +126,7 @@ class InlineDataPath:
         """From when the engine has read a fault until who waits can go on."""
         self._pages = np.empty((BATCH_PAGES, WORDS_PER_PAGE), dtype=np.uint64)
         self._pages_address = self._pages.ctypes.data
+        self._first_page = self._pages[:1]
         self._masks = np.zeros(BATCH_PAGES, dtype=np.uint64)
         self._adopt()
 
@@ -249,12 +250,9 @@ class InlineDataPath:
             return False
         if not self._window.room:
             self._evict(EVICT_PAGES)
-        poisoned = self._masks[:1]
-        self._controller.read_pages(
-            self._first_dram_page + page, 1, out=self._pages[:1], poisoned=poisoned
-        )
-        if since_ns is not None and poisoned[0]:
-            self._hold_poisoned(page, int(poisoned[0]))
+        poisoned = self._controller.read_page(self._first_dram_page + page, self._first_page)
+        if since_ns is not None and poisoned:
+            self._hold_poisoned(page, poisoned)
             return False
         if not self._uffd.copy(host, self._pages_address, PAGE_BYTES):
             self._uffd.wake(host, PAGE_BYTES)

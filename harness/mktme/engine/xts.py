@@ -187,17 +187,14 @@ class XtsCipher:
         tweak_context = tweak_aes.encryptor()  # in both directions
         new_context = data_aes.decryptor if decrypt else data_aes.encryptor
         for start in range(0, len(lines), _BATCH_LINES):
-            batch = slice(start, start + _BATCH_LINES)
-            masks = _scratch.make_masks(tweak_context, self._public_masks, addresses[batch])
-            count = len(masks)
-            blocks = _scratch.blocks[:count]
-            np.bitwise_xor(lines[batch], masks, out=blocks)
+            part = slice(start, start + _BATCH_LINES)
+            batch = _batch(len(addresses[part]))
+            masks = batch.make_masks(tweak_context, self._public_masks, addresses[part])
+            np.bitwise_xor(lines[part], masks, batch.blocks)
             # A new context each time: OpenSSL's documentation leaves open whether a second
             # update would start at the tweak again or go on after the first.
-            new_context().update_into(
-                _scratch.blocks_bytes[: count * LINE_BYTES], _scratch.blocks_bytes
-            )
-            np.bitwise_xor(blocks, masks, out=out[batch])
+            new_context().update_into(batch.blocks_bytes, batch.blocks_out)
+            np.bitwise_xor(batch.blocks, masks, out[part])
         return out
 
     def wipe(self) -> None:
@@ -218,28 +215,56 @@ def wipe(buffer: bytearray) -> None:
 
 
 class _Scratch:
-    """The arrays for one batch of lines; `_Scratch.make_masks` says what is in which.
+    """The arrays that batches of lines are worked on in; `_Batch` says what is in which.
 
     What OpenSSL writes to has an element of slack: pyca insists on ``len(input) + 15`` bytes.
     """
 
     def __init__(self) -> None:
         n, words = _BATCH_LINES, LINE_BYTES // 8
-        self._tweaks = np.zeros((n, 2), np.uint64)
-        self._tweaks_bytes = self._tweaks.view(np.uint8).reshape(-1).data
-        encrypted = np.empty((n + 1, 2), np.int64)
-        self._encrypted = encrypted[:n]
-        self._encrypted_bytes = encrypted.view(np.uint8).reshape(-1).data
-        self._powers = np.empty(2 * n, np.int64)
-        self._carries = np.empty(2 * n, np.int64)
-        self._masks = np.empty((n, words), np.int64)
-        self._masks_unsigned = self._masks.view(np.uint64)
-        blocks = np.empty((n + 1, words), np.uint64)
-        self.blocks = blocks[:n]
-        self.blocks_bytes = blocks.view(np.uint8).reshape(-1).data
+        self.tweaks = np.zeros((n, 2), np.uint64)
+        self.encrypted = np.empty((n + 1, 2), np.int64)
+        self.powers = np.empty(2 * n, np.int64)
+        self.carries = np.empty(2 * n, np.int64)
+        self.masks = np.empty((n, words), np.int64)
+        self.blocks = np.empty((n + 1, words), np.uint64)
+
+
+_scratch = _Scratch()
+
+
+class _Batch:
+    """Views of the scratch arrays for n lines, made once: that takes as long as to use them.
+
+    Attributes:
+        blocks: what goes into OpenSSL and comes out of it, shape (n, 8).
+        blocks_bytes: its bytes.
+        blocks_out: its bytes, and OpenSSL's slack.
+    """
+
+    def __init__(self, n: int) -> None:
+        tweaks, encrypted = _scratch.tweaks[:n], _scratch.encrypted[:n]
+        self._addresses = tweaks[:, 0]  # the high words stay 0
+        self._tweaks = tweaks.view(np.uint8).reshape(-1).data
+        self._encrypted = encrypted
+        self._encrypted_out = _scratch.encrypted.view(np.uint8).reshape(-1).data
+        # All low words, then all high words: numpy's loops are vectorised (and several times
+        # faster) only over contiguous arrays.
+        self._powers, self._carries = _scratch.powers[: 2 * n], _scratch.carries[: 2 * n]
+        self._low, self._high = self._powers[:n], self._powers[n:]
+        self._low_carry, self._high_carry = self._carries[:n], self._carries[n:]
+        self._encrypted_low, self._encrypted_high = encrypted[:, 0], encrypted[:, 1]
+        masks = _scratch.masks[:n]
+        self._masks = masks.view(np.uint64)
+        self._later_masks = [
+            (masks[:, 2 * block], masks[:, 2 * block + 1]) for block in range(1, _BLOCKS_PER_LINE)
+        ]
         # Viewed as complex128, a block is one item to copy, not two.
-        self._encrypted_blocks = self._encrypted.view(np.complex128)[:, 0]
-        self._masks_first_blocks = self._masks.view(np.complex128)[:, 0]
+        self._first_masks = masks.view(np.complex128)[:, 0]
+        self._encrypted_blocks = encrypted.view(np.complex128)[:, 0]
+        self.blocks = _scratch.blocks[:n]
+        self.blocks_bytes = self.blocks.view(np.uint8).reshape(-1).data
+        self.blocks_out = _scratch.blocks.view(np.uint8).reshape(-1).data
 
     def make_masks(
         self,
@@ -247,44 +272,40 @@ class _Scratch:
         public_masks: NDArray[np.int64],
         addresses: NDArray[np.uint64],
     ) -> NDArray[np.uint64]:
-        """The masks that our use of OpenSSL's XTS needs around a batch of lines.
+        """The masks that our use of OpenSSL's XTS needs around the lines.
 
         Args:
             tweak_aes: ECB under the tweak key.
             public_masks: the table K, shape (>= n, 2).
-            addresses: shape (n,), n <= _BATCH_LINES.
+            addresses: shape (n,).
 
         Returns:
-            ``x^j * (T_i ^ K_i)``, i the line and j the block: shape (n, 8), valid until the next
-            call.
+            ``x^j * (T_i ^ K_i)``, i the line and j the block: shape (n, 8), valid until any
+            batch's next call.
         """
-        n = len(addresses)
-        self._tweaks[:n, 0] = addresses  # the high words stay 0
-        tweak_aes.update_into(self._tweaks_bytes[: n * _BLOCK_BYTES], self._encrypted_bytes)
-        first = self._encrypted[:n]
-        np.bitwise_xor(first, public_masks[:n], out=first)
-        masks = self._masks[:n]
-        self._masks_first_blocks[:n] = self._encrypted_blocks[:n]
-
-        # All low words, then all high words: numpy's loops are vectorised (and several times
-        # faster) only over contiguous arrays. Signed, so that >> 63 makes a mask of a carry.
-        powers, carries = self._powers[: 2 * n], self._carries[: 2 * n]
-        low, high = powers[:n], powers[n:]
-        low_carry, high_carry = carries[:n], carries[n:]
-        low[:] = first[:, 0]
-        high[:] = first[:, 1]
-        for block in range(1, _BLOCKS_PER_LINE):
-            np.right_shift(powers, _SIGN_SHIFT, out=carries)
-            np.left_shift(powers, _ONE, out=powers)
-            np.bitwise_and(high_carry, _REDUCTION, out=high_carry)
-            np.bitwise_xor(low, high_carry, out=low)
-            np.subtract(high, low_carry, out=high)  # - (-1): sets the bit just shifted in
-            masks[:, 2 * block] = low
-            masks[:, 2 * block + 1] = high
-        return self._masks_unsigned[:n]
+        copy, xor, encrypted = np.copyto, np.bitwise_xor, self._encrypted
+        copy(self._addresses, addresses)
+        tweak_aes.update_into(self._tweaks, self._encrypted_out)
+        xor(encrypted, public_masks[: len(encrypted)], encrypted)
+        copy(self._first_masks, self._encrypted_blocks)
+        powers, carries = self._powers, self._carries
+        low, high, low_carry, high_carry = self._low, self._high, self._low_carry, self._high_carry
+        copy(low, self._encrypted_low)
+        copy(high, self._encrypted_high)
+        # For the lines of a page, numpy's calls are what costs: the last argument is "out",
+        # which takes longer to give by name.
+        for mask_low, mask_high in self._later_masks:
+            np.right_shift(powers, _SIGN_SHIFT, carries)  # signed, so a carry is -1
+            np.left_shift(powers, _ONE, powers)
+            np.bitwise_and(high_carry, _REDUCTION, high_carry)
+            xor(low, high_carry, low)
+            np.subtract(high, low_carry, high)  # - (-1): sets the bit just shifted in
+            copy(mask_low, low)
+            copy(mask_high, high)
+        return self._masks
 
 
-_scratch = _Scratch()
+_batch = functools.lru_cache(maxsize=256)(_Batch)
 
 
 @functools.cache

@@ -50,6 +50,10 @@ class Platform:
         """A page's lines, and which are poisoned."""
         poisoned = np.zeros(1, np.uint64)
         words = self.controller.read_pages(page, 1, keyid, poisoned=poisoned)
+        if keyid is None:  # what a fault gets is the same
+            of_fault = np.empty_like(words)
+            assert self.controller.read_page(page, of_fault) == poisoned[0]
+            assert np.array_equal(of_fault, words)
         return split(words), int(poisoned[0])
 
     def accepts(self, page: int, words: Words, keyid: int | None = None) -> bool:

@@ -389,6 +389,37 @@ def test_read_of_more_than_a_batch(controller: MemoryController) -> None:
     assert controller.read_pages(0, 0).shape == (0, 512)
 
 
+@pytest.mark.parametrize("excluded", [False, True])
+@pytest.mark.parametrize("keyid", range(5))
+def test_page_of_a_fault_is_read_as_any_other(
+    platform: Platform, keyid: int, excluded: bool
+) -> None:
+    """Pages written, never written, written in part, and one with a line of odd ciphertext."""
+    controller = platform.controller
+    controller.assign(0, 4 * 4096, keyid)
+    if excluded:
+        controller.exclude(ExclusionRange(mask=(1 << 46) - 4 * 4096, base=0))
+    controller.update_pages(numbers(0), random_pages(1))
+    controller.update_pages(numbers(2), random_pages(1, seed=2), masks(0b1010))
+    controller.update_pages(numbers(3), random_pages(1, seed=3))
+    platform.dram.write(3 * 4096 + 5 * 64, bytes(8))
+    expected = controller.read_pages(0, 4)
+    for page in range(4):
+        out = np.full((1, 512), 1, np.uint64)
+        assert controller.read_page(page, out) == 0
+        assert np.array_equal(out[0], expected[page])
+
+
+def test_bad_read_of_a_fault_is_refused(controller: MemoryController) -> None:
+    out = np.empty((1, 512), np.uint64)
+    for page in (-1, PAGES):
+        with pytest.raises(AddressError, match="not in DRAM"):
+            controller.read_page(page, out)
+    for bad in (np.empty((2, 512), np.uint64), np.empty((1, 1024), np.uint64)[:, ::2]):
+        with pytest.raises(ValueError, match=r"must be C-contiguous with shape \(1, 512\)"):
+            controller.read_page(0, bad)
+
+
 def test_read_of_lines(controller: MemoryController) -> None:
     controller.update_pages(numbers(0, 1), random_pages(2))
     data = random_pages(2).tobytes()
