@@ -23,6 +23,7 @@ except ImportError as missing:
     print(f"mktme: libvirt cannot be loaded ({missing})\n  hint: make setup", file=sys.stderr)
     sys.exit(3)  # ExitCode.ENVIRONMENT
 
+from mktme.cli_features import features
 from mktme.cli_keyid import keyid_app
 from mktme.cli_narration import narrate
 from mktme.cli_options import (
@@ -61,7 +62,9 @@ from mktme.service.client import EngineRefusedError
 from mktme.service.platform_file import read_platform
 from mktme.service.wire import RoleError
 from mktme.vm import doctor, images
-from mktme.vm.config import VmConfig, check_data_path
+from mktme.vm.config import VmConfig, check_config, check_data_path
+from mktme.vm.disk_images import user_image
+from mktme.vm.hardware import Firmware, Hardware, Machine
 from mktme.vm.pages import parse_pages
 from mktme.vm.platform import Platform
 from mktme.vm.sizes import parse_window
@@ -94,6 +97,7 @@ app = typer.Typer(
 app.add_typer(platform_app, name="platform")
 app.add_typer(keyid_app, name="keyid")
 app.command()(tamper)
+app.command()(features)
 
 
 VcpusOption = Annotated[int, typer.Option(min=1, max=255, help="Guest vCPUs.")]
@@ -118,6 +122,22 @@ PlatformOption = Annotated[
 @app.command()
 def run(
     guest: GuestOption = "tiny",
+    disk_image: Annotated[
+        Path | None,
+        typer.Option(
+            "--image", metavar="FILE", help="A cloud image to boot, qcow2 or raw; never written to."
+        ),
+    ] = None,
+    machine: Annotated[Machine, typer.Option(help="The guest's chipset.")] = Machine.Q35,
+    firmware: Annotated[Firmware, typer.Option(help="What boots a guest's disk.")] = Firmware.BIOS,
+    ssh_port: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PORT",
+            help="Loopback port for ssh to a guest that boots its disk.",
+            show_default="a free one",
+        ),
+    ] = None,
     datapath: Annotated[DataPath, typer.Option(help="How memory is encrypted.")] = DataPath.SHADOW,
     track: TrackOption = None,
     window: Annotated[
@@ -180,11 +200,13 @@ def run(
         track = Track.STORES_AND_PAGES
     ranges = tuple(parse_pages(one) for one in pages or ())
     for one in ranges:
-        one.ram_offset(memory_bytes)
-    firmware = None if platform is None else read_platform(platform)
-    run_demand(memory_bytes, algorithm, ranges, guests).check(firmware)
+        one.ram_offset(memory_bytes, machine)
+    if ssh_port is not None and guests > 1:
+        raise UsageError("one port for several guests", hint="leave --ssh-port out")
+    set_up = None if platform is None else read_platform(platform)
+    run_demand(memory_bytes, algorithm, ranges, guests).check(set_up)
     config = VmConfig(
-        image(guest),
+        image(guest) if disk_image is None else user_image(disk_image),
         memory_bytes=memory_bytes,
         vcpus=vcpus,
         datapath=datapath,
@@ -195,8 +217,11 @@ def run(
         mode=mode,
         key_file=key_file,
         pages=ranges,
+        hardware=Hardware(machine, firmware),
+        ssh_port=ssh_port,
     )
-    options = runs.RunOptions(connect=connect, dram=dram, reference=reference, platform=firmware)
+    check_config(config)
+    options = runs.RunOptions(connect=connect, dram=dram, reference=reference, platform=set_up)
     with ExitStack() as telling:
         narrator = telling.enter_context(narrate())
 

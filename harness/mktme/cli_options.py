@@ -11,9 +11,10 @@ import typer
 from rich.markup import escape
 
 from mktme.cli_output import err
-from mktme.vm import images
 from mktme.vm.config import check_sizes
+from mktme.vm.disk_images import DiskImage, guest_image
 from mktme.vm.host import UsageError
+from mktme.vm.images import GuestImage
 from mktme.vm.sizes import parse_size
 
 
@@ -50,10 +51,10 @@ def guest_memory(memory: str, vcpus: int = 1) -> int:
     return memory_bytes
 
 
-def image(guest: str) -> images.GuestImage:
+def image(guest: str) -> GuestImage | DiskImage:
     """A guest's image, built if it is not there yet."""
     with err.status(f"guest image {escape(guest)}"):
-        return images.ensure(guest, lambda line: err.print(line, style="dim", markup=False))
+        return guest_image(guest, lambda line: err.print(line, style="dim", markup=False))
 
 
 def check_json(path: Path | None) -> None:

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 MARKER: Final = (
     "mktme(guest='tiny', datapath='shadow', track='stores+pages', memory='512M', vcpus=1,"
-    " algorithm='aes-xts-128', key_file=None, encrypt=True, check_tlb=False):"
+    " algorithm='aes-xts-128', key_file=None, encrypt=True, check_tlb=False, machine='q35',"
+    " firmware='bios'):"
     " the guest that the fixture mktme_vm boots; track=None for plain QEMU"
 )
 DRAM_BYTES: Final = 4 << 30
@@ -122,6 +123,8 @@ def vm_config(
     encrypt: bool = True,
     pages: tuple[str, ...] = (),
     check_tlb: bool = False,
+    machine: str = "q35",
+    firmware: str = "bios",
 ) -> VmConfig:
     """A guest's configuration from the marker's words, which are the command line's.
 
@@ -132,8 +135,9 @@ def vm_config(
     from mktme.datapath.shadow import Track
     from mktme.engine.keys import KeyMode
     from mktme.engine.xts import Algorithm
-    from mktme.vm import images
     from mktme.vm.config import VmConfig, check_config
+    from mktme.vm.disk_images import guest_image
+    from mktme.vm.hardware import Firmware, Hardware, Machine
     from mktme.vm.host import UsageError
     from mktme.vm.pages import parse_pages
     from mktme.vm.sizes import parse_size, parse_window
@@ -145,7 +149,7 @@ def vm_config(
     mode = KeyMode.DIRECT if key_file is not None else KeyMode.RANDOM
     try:
         config = VmConfig(
-            images.ensure(guest),
+            guest_image(guest),
             memory_bytes=parse_size(memory),
             vcpus=vcpus,
             datapath=DataPath(datapath),
@@ -156,6 +160,7 @@ def vm_config(
             key_file=key_file,
             pages=tuple(parse_pages(one) for one in pages),
             check_tlb=check_tlb,
+            hardware=Hardware(Machine(machine), Firmware(firmware)),
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

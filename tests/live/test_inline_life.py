@@ -31,6 +31,7 @@ from mktme.proof.residency import sampled
 from mktme.proof.transparency import compare_memory, run_workload
 from mktme.pytest_plugin import vm_config
 from mktme.vm.console import Console
+from mktme.vm.images import GuestImage
 from mktme.vm.platform import BOOT_TIMEOUT_S, Platform, Vm
 from mktme.vm.snapshots import Snapshots
 
@@ -62,6 +63,7 @@ def guest(
     )
     # By default Debian's kernel has its CPU clear every page that is allocated: what a device then
     # writes to it would have been stored to, too.
+    assert isinstance(config.image, GuestImage)
     image = dataclasses.replace(config.image, cmdline=f"{config.image.cmdline} init_on_alloc=0")
     config = dataclasses.replace(config, image=image, disk=disk)
     with Platform(MEMORY) as platform, platform.launch(config, boot=False) as vm, bounded(vm):

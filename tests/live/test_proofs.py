@@ -67,7 +67,9 @@ def test_both_trackers_count_their_own(mktme_vm: Vm) -> None:
 
 @pytest.mark.mktme(track="stores+pages")
 def test_the_kernel_is_the_packages(mktme_vm: Vm) -> None:
-    manifest = images.verify(mktme_vm.config.image)
+    image = mktme_vm.config.image
+    assert isinstance(image, images.GuestImage)
+    manifest = images.verify(image)
     release = mktme_vm.domain.console.run("uname -r", timeout_s=20).output.strip()
     assert manifest.kernel.name == f"linux-image-{release}"
 

@@ -17,8 +17,9 @@ from typing import Final
 from mktme.engine.xts import LINE_BYTES, PAGE_BYTES
 from mktme.proof.guest_ram import memory_of
 from mktme.service.wire import Status, VmStatus
-from mktme.vm.console import Console, VmError
+from mktme.vm.console import VmError
 from mktme.vm.platform import Vm
+from mktme.vm.shell import Shell
 
 BLOCK_BYTES: Final = 16
 _CHUNK_BYTES: Final = 8 << 20
@@ -42,9 +43,9 @@ class Canary:
         """The page that the guest holds."""
         return self.line * (PAGE_BYTES // LINE_BYTES)
 
-    def plant(self, console: Console) -> None:
+    def plant(self, shell: Shell) -> None:
         """Have the guest make its canary page (a file in its tmpfs)."""
-        console.run(f"canary {self.line.hex()}", _PLANT_TIMEOUT_S)
+        shell.run(f"canary {self.line.hex()}", _PLANT_TIMEOUT_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +82,8 @@ def plant_canary(vm: Vm, canary: Canary) -> None:
     Raises:
         VmError: there is none, as far as that goes.
     """
-    console = vm.domain.console
-    canary.plant(console)
+    shell = vm.domain.shell
+    canary.plant(shell)
     if not vm.config.pages:
         return
     size_bytes = PAGE_BYTES
@@ -94,7 +95,7 @@ def plant_canary(vm: Vm, canary: Canary) -> None:
             )
         # All of them stay: a page that is free again may be anything soon.
         more = f"/run/canary-{size_bytes}"
-        console.run(f"cat /run/canary* >/run/more && mv /run/more {more}", _PLANT_TIMEOUT_S)
+        shell.run(f"cat /run/canary* >/run/more && mv /run/more {more}", _PLANT_TIMEOUT_S)
         size_bytes *= 2
 
 

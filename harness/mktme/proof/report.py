@@ -26,6 +26,7 @@ from mktme.proof.isolation import IsolationMatrix
 from mktme.proof.residency import Residency
 from mktme.proof.transparency import MemoryComparison
 from mktme.service.wire import Memory, Paging, Traffic
+from mktme.vm.disk_images import DiskImage
 from mktme.vm.host import Host, dotted
 from mktme.vm.images import GuestImage
 
@@ -34,7 +35,13 @@ SCHEMA_VERSION: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """What a run ran on and with."""
+    """What a run ran on and with.
+
+    Attributes:
+        guest_kernel_package: the guest's kernel; empty for a disk of the user's own.
+        guest_kernel_version: the package's.
+        guest_kernel_sha256: of the kernel that QEMU loads, or of the package that a disk has it of.
+    """
 
     host_kernel: str
     cpu: str
@@ -134,14 +141,14 @@ class RunReport:
     notices: tuple[str, ...]
 
 
-def environment(host: Host, image: GuestImage) -> Environment:
+def environment(host: Host, image: GuestImage | DiskImage) -> Environment:
     """Describe this machine."""
     cpu = "unknown"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             cpu = line.partition(":")[2].strip()
             break
-    kernel = image.manifest.kernel
+    package, version, digest = _kernel(image)
     return Environment(
         host_kernel=platform.release(),
         cpu=cpu,
@@ -151,10 +158,20 @@ def environment(host: Host, image: GuestImage) -> Environment:
         libvirt=dotted(host.libvirt_version),
         libvirt_uri=host.uri,
         guest=image.name,
-        guest_kernel_package=kernel.name,
-        guest_kernel_version=kernel.version,
-        guest_kernel_sha256=kernel.member_sha256,
+        guest_kernel_package=package,
+        guest_kernel_version=version,
+        guest_kernel_sha256=digest,
     )
+
+
+def _kernel(image: GuestImage | DiskImage) -> tuple[str, str, str]:
+    """Package, version and SHA-256 of a guest's kernel; of a user's own disk they are not known."""
+    if isinstance(image, GuestImage):
+        kernel = image.manifest.kernel
+        return kernel.name, kernel.version, kernel.member_sha256
+    if image.manifest is None:
+        return "", "", ""
+    return image.manifest.kernel.name, image.manifest.kernel.version, image.manifest.kernel.sha256
 
 
 def write_json(path: Path, document: object) -> None:

@@ -33,12 +33,13 @@ from mktme.proof.confidentiality import (
     search_dram,
 )
 from mktme.proof.demand import Demand, demo_demand, mib, run_demand
+from mktme.proof.guest_tools import equip
 from mktme.proof.isolation import IsolationMatrix, canary_subject, isolation_matrix
 from mktme.proof.report import Check, GuestReport, RunReport, environment
 from mktme.proof.residency import Residency, sampled
 from mktme.proof.transparency import MemoryComparison, Progress, compare_memory, run_workload
 from mktme.vm.config import VmConfig
-from mktme.vm.platform import BOOT_TIMEOUT_S, Platform, Vm
+from mktme.vm.platform import Platform, Vm, boot_timeout_s
 
 DEMO_GUESTS: Final = ("alice", "bob")
 _T = TypeVar("_T")
@@ -313,14 +314,15 @@ class _Session:
             vm = stack.enter_context(self._platform.launch(config, name, boot=False))
             if vm.config.window_bytes is not None:
                 residency = stack.enter_context(sampled(vm, vm.config.window_bytes))
-            vm.domain.boot(BOOT_TIMEOUT_S)
+            vm.domain.boot(boot_timeout_s(config.image))
             boot_s = time.monotonic() - vm.domain.started
+            equip(vm)
         checksums: dict[str, str] = {}
         workload_s = 0.0
         if works:
             with self._narrator.step(f"{name}: working"), vm.domain.explained():
                 before = time.monotonic()
-                checksums = run_workload(vm.domain.console)
+                checksums = run_workload(vm.domain.shell)
                 workload_s = time.monotonic() - before
         if canary is not None:
             with vm.domain.explained():

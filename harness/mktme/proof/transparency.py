@@ -19,8 +19,9 @@ from mktme.datapath.kinds import DataPath
 from mktme.engine.xts import LINE_BYTES, LINES_PER_PAGE, PAGE_BYTES
 from mktme.proof.guest_ram import ram_of
 from mktme.service.client import EngineClient
-from mktme.vm.console import Console, VmError
+from mktme.vm.console import VmError
 from mktme.vm.platform import Vm
+from mktme.vm.shell import Shell
 
 WORKLOAD_TIMEOUT_S: Final = 300.0
 _SUM: Final = re.compile(r"^@mktme sum (\S+) ([0-9a-f]+)$", re.M)
@@ -94,13 +95,13 @@ def compare_memory(
     )
 
 
-def run_workload(console: Console, rounds: int = 1) -> dict[str, str]:
+def run_workload(shell: Shell, rounds: int = 1) -> dict[str, str]:
     """Have the guest compute and check itself; returns its checksums by name.
 
     Raises:
         VmError: the guest found its own data wrong, or did not finish.
     """
-    output = console.run(f"workload {rounds}", WORKLOAD_TIMEOUT_S).output
+    output = shell.run(f"workload {rounds}", WORKLOAD_TIMEOUT_S).output
     sums = dict(_SUM.findall(output))
     if _DONE not in output or not sums:
         raise VmError("the guest's workload did not say that it is done")

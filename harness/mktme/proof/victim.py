@@ -171,7 +171,8 @@ class Victim:
 
     def _guest_physical(self, found: PagePoisoned) -> int:
         offset = found.address - self.vm.base
-        return guest_physical(offset, self.vm.config.memory_bytes)
+        config = self.vm.config
+        return guest_physical(offset, config.memory_bytes, config.hardware.machine)
 
     def _check(self, told: MachineCheck, lines: int) -> Damage:
         """Whether the machine check is of the lines that were attacked."""

@@ -14,13 +14,17 @@ from mktme.datapath.window import Policy
 from mktme.engine.dram import REGION_ALIGN_BYTES
 from mktme.engine.keys import KeyMode
 from mktme.engine.xts import PAGE_BYTES, Algorithm
+from mktme.vm.disk_images import DiskImage
+from mktme.vm.hardware import Firmware, Hardware
 from mktme.vm.host import UsageError
 from mktme.vm.images import GuestImage
 from mktme.vm.pages import GuestPages
+from mktme.vm.ssh import check_port
 
 # An instruction and its operands, page tables, and a device's buffers at once, many times over.
 MIN_WINDOW_BYTES: Final = 4 << 20
 MIN_MEMORY_BYTES: Final = 192 << 20  # with less, Linux has too little left for the workload
+MIN_DISK_MEMORY_BYTES: Final = 256 << 20
 # libvirt gives x86 guests their memory in steps of 1 MiB (qemuDomainGetMemorySizeAlignment).
 _MEMORY_STEP_BYTES: Final = 1 << 20
 
@@ -44,9 +48,11 @@ class VmConfig:
         pages: ranges of its pages that are under another KeyID than its own.
         check_tlb: have the plugin compare each translation it caches with QEMU's.
         disk: a raw image for it to have as a virtio disk, None for a guest without.
+        hardware: its chipset, firmware and further devices.
+        ssh_port: of the loopback interface, for a guest that boots its disk; None for any.
     """
 
-    image: GuestImage
+    image: GuestImage | DiskImage
     memory_bytes: int = 512 << 20
     vcpus: int = 1
     datapath: DataPath = DataPath.SHADOW
@@ -59,6 +65,8 @@ class VmConfig:
     pages: tuple[GuestPages, ...] = ()
     check_tlb: bool = False
     disk: Path | None = None
+    hardware: Hardware = Hardware()
+    ssh_port: int | None = None
 
     @property
     def plain(self) -> bool:
@@ -77,7 +85,20 @@ def check_config(config: VmConfig) -> None:
         raise UsageError("a known key and key mode direct go together")
     check_data_path(config.datapath, config.track, config.window_bytes, config.memory_bytes)
     for pages in config.pages:
-        pages.ram_offset(config.memory_bytes)
+        pages.ram_offset(config.memory_bytes, config.hardware.machine)
+    if isinstance(config.image, GuestImage):
+        if config.ssh_port is not None or config.hardware.firmware is not Firmware.BIOS:
+            raise UsageError(
+                f"{config.image.name} boots from no disk: it has neither firmware nor ssh",
+                hint="--guest debian-12, or --image FILE",
+            )
+    elif config.memory_bytes < MIN_DISK_MEMORY_BYTES:
+        raise UsageError(
+            f"{config.memory_bytes >> 20} MiB are too little for {config.image.name}",
+            hint=f"--memory {MIN_DISK_MEMORY_BYTES >> 20}M or more",
+        )
+    if config.ssh_port is not None:
+        check_port(config.ssh_port)
     if config.pages and config.plain:
         raise UsageError("pages of a plain guest have no KeyIDs")
 

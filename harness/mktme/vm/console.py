@@ -121,6 +121,41 @@ class Console:
             raise GuestCommandError(f"'{command}' exited with {status} in the guest: {last[0]}")
         return CommandResult(output, status)
 
+    def wait_for(self, pattern: str, timeout_s: float, doing: str) -> bytes:
+        """Wait until the guest says something; returns all that it said since the last wait.
+
+        Args:
+            pattern: a regular expression.
+            timeout_s: how long.
+            doing: what the guest is doing, for the error.
+
+        Raises:
+            VmLostError: it did not say so in time, or its console ended.
+            GuestPanicError: the guest's kernel panicked meanwhile.
+        """
+        match = self._expect(pattern, timeout_s, doing, unless=_PANIC)
+        return bytes(match.string[: match.end()])
+
+    def log_in(self, user: str, password: str, timeout_s: float) -> None:
+        """Log in at the prompt of a guest that has one, and become root: then `run` works.
+
+        Raises:
+            VmLostError: there is no prompt, or the password is wrong.
+        """
+        doing = "logging in on its console"
+        self._send("")  # for another prompt: the first may have gone by
+        self._expect("login: ", timeout_s, doing)
+        self._send(user)
+        self._expect("[Pp]assword: ", timeout_s, doing)
+        self._send(password)
+        token = secrets.token_hex(8)
+        # The shell waits for the line however late it starts. Without a terminal's niceties,
+        # nothing but what commands say is on the line.
+        self._send(
+            f"exec sudo -n env PS1= PS2= TERM=dumb sh -c 'stty -echo; echo {token}; exec sh'"
+        )
+        self._expect(rf"\n{token}\r?\n", timeout_s, doing)
+
     def send(self, command: str) -> None:
         """Send a line that is not expected to return (poweroff)."""
         self._send(command)

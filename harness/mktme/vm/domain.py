@@ -22,13 +22,27 @@ import libvirt_qemu
 from mktme.engine.dram import GuestSegment
 from mktme.vm.bypass import refuse_bypasses
 from mktme.vm.console import Console, VmError, VmLostError
+from mktme.vm.disk_images import DiskImage
+from mktme.vm.hardware import Firmware, Hardware, Machine
 from mktme.vm.host import Host
 from mktme.vm.images import GuestImage
+from mktme.vm.shell import Shell
+from mktme.vm.ssh import HOST_KEYS_SHOWN, LOOPBACK, Access, Ssh, host_key_from
 
 _QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
+OVMF_CODE: Final = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
+OVMF_VARS: Final = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
+# libvirt does not know what QEMU is told past it, and fills the bus from the other end.
+_NET_SLOT: Final = "0x12"
+NETDEV: Final = "mktme-net"
+"""QEMU's name of the network that ssh goes through."""
 _FOUR_GIB: Final = 4 << 30
-_Q35_HOLE_FROM: Final = 0xB000_0000
-_Q35_LOW_BESIDE_HOLE: Final = 0x8000_0000
+# From how much RAM on there is some above the PCI hole, and how much is then below (QEMU
+# hw/i386/pc_q35.c and pc_piix.c).
+_PCI_HOLE: Final = {
+    Machine.Q35: (0xB000_0000, 0x8000_0000),
+    Machine.PC: (0xE000_0000, 0xC000_0000),
+}
 # "info mtree -f" prints the flat view of an address space, one range a line.
 _MTREE_RAM: Final = re.compile(
     r"^\s*([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, ram\): (\S+)(?: @([0-9a-f]{16}))?", re.M
@@ -48,6 +62,23 @@ ET.register_namespace("qemu", _QEMU_NAMESPACE)
 
 
 @dataclass(frozen=True, slots=True)
+class DiskBoot:
+    """What a guest boots from its disk with.
+
+    Attributes:
+        disk: its own layer over the image, qcow2.
+        seed: its first boot's configuration, for cloud-init.
+        nvram: where UEFI is to keep its variables.
+        access: how to log in to it then.
+    """
+
+    disk: Path
+    seed: Path
+    nvram: Path
+    access: Access
+
+
+@dataclass(frozen=True, slots=True)
 class DomainSpec:
     """What libvirt is to start.
 
@@ -56,11 +87,13 @@ class DomainSpec:
         inline: whether its memory is a window, which bears less than all of it would.
         disk: a raw image for it to have as its first virtio disk, None for a guest without.
         console_socket: where QEMU is to listen for the serial console.
+        boot: for a guest that boots its disk; None for one whose kernel QEMU loads.
+        hardware: what else it has.
     """
 
     name: str
     uuid: UUID
-    image: GuestImage
+    image: GuestImage | DiskImage
     memory_bytes: int
     vcpus: int
     console_socket: Path
@@ -68,6 +101,8 @@ class DomainSpec:
     plugin: str | None = None
     inline: bool = False
     disk: Path | None = None
+    boot: DiskBoot | None = None
+    hardware: Hardware = Hardware()
 
 
 # All that TCG can do, as an Intel processor with TME (Sapphire Rapids): Linux looks for TME, and
@@ -75,17 +110,18 @@ class DomainSpec:
 _CPU: Final = "max,vendor=GenuineIntel,family=6,model=143,stepping=8"
 
 
-def ram_below_4g(memory_bytes: int) -> int:
-    """How much of a q35 machine's RAM lies below the PCI hole (QEMU hw/i386/pc_q35.c).
+def ram_below_4g(memory_bytes: int, machine: Machine = Machine.Q35) -> int:
+    """How much of a machine's RAM lies below the PCI hole.
 
     Checked against QEMU's own map for each VM that is launched: `Domain.check_guest_map`.
     """
-    return _Q35_LOW_BESIDE_HOLE if memory_bytes >= _Q35_HOLE_FROM else memory_bytes
+    hole_from, beside_hole = _PCI_HOLE[machine]
+    return beside_hole if memory_bytes >= hole_from else memory_bytes
 
 
-def guest_physical(ram_offset: int, memory_bytes: int) -> int:
-    """The guest-physical address of a RAM offset on a q35 machine."""
-    low = ram_below_4g(memory_bytes)
+def guest_physical(ram_offset: int, memory_bytes: int, machine: Machine = Machine.Q35) -> int:
+    """The guest-physical address of a RAM offset."""
+    low = ram_below_4g(memory_bytes, machine)
     return ram_offset if ram_offset < low else ram_offset - low + _FOUR_GIB
 
 
@@ -100,10 +136,16 @@ def domain_xml(spec: DomainSpec) -> str:
     _child(backing, "source", type="memfd")
     _child(backing, "access", mode="shared")
     boot = _child(domain, "os")
-    _child(boot, "type", "hvm", arch="x86_64", machine="q35")
-    _child(boot, "kernel", str(spec.image.kernel))
-    _child(boot, "initrd", str(spec.image.initrd))
-    _child(boot, "cmdline", spec.image.cmdline)
+    _child(boot, "type", "hvm", arch="x86_64", machine=spec.hardware.machine.value)
+    if isinstance(spec.image, GuestImage):
+        _child(boot, "kernel", str(spec.image.kernel))
+        _child(boot, "initrd", str(spec.image.initrd))
+        _child(boot, "cmdline", spec.image.cmdline)
+    elif spec.boot is not None and spec.hardware.firmware is Firmware.UEFI:
+        _child(boot, "loader", str(OVMF_CODE), readonly="yes", type="pflash")
+        _child(boot, "nvram", str(spec.boot.nvram), template=str(OVMF_VARS))
+    if spec.boot is not None:
+        _child(_child(domain, "pm"), "suspend-to-mem", enabled="yes")
     features = _child(domain, "features")
     _child(features, "acpi")
     _child(features, "apic")
@@ -116,21 +158,36 @@ def domain_xml(spec: DomainSpec) -> str:
     serial = _child(devices, "serial", type="unix")
     _child(serial, "source", mode="bind", path=str(spec.console_socket))
     _child(serial, "target", port="0")
+    if spec.boot is not None:
+        _disk(devices, "vda", spec.boot.disk, "qcow2")
+        _child(_disk(devices, "vdb", spec.boot.seed, "raw"), "readonly")
     if spec.disk is not None:
-        disk = _child(devices, "disk", type="file", device="disk")
-        _child(disk, "driver", name="qemu", type="raw")
-        _child(disk, "source", file=str(spec.disk))
-        _child(disk, "target", dev="vda", bus="virtio")
+        _disk(devices, "vda" if spec.boot is None else "vdc", spec.disk, "raw")
+    for device in spec.hardware.devices:
+        devices.append(ET.fromstring(device))
     # A guest that loads the driver gives back what it does not use, and DRAM holds less of it.
     _child(devices, "memballoon", model="virtio", freePageReporting="on")
     arguments = ET.SubElement(domain, f"{{{_QEMU_NAMESPACE}}}commandline")
     # libvirt knows the model but no way to another vendor; QEMU takes the last -cpu.
-    values = ["-cpu", _CPU]
+    values = ["-cpu", _CPU, *spec.hardware.arguments]
+    if spec.boot is not None:
+        # libvirt forwards ports with passt alone, a process beside QEMU.
+        forward = f"hostfwd=tcp:{LOOPBACK}:{spec.boot.access.port}-:22"
+        values += ["-netdev", f"user,id={NETDEV},{forward}"]
+        values += ["-device", f"virtio-net-pci,netdev={NETDEV},addr={_NET_SLOT}"]
     if spec.plugin is not None:
         values += ["-plugin", spec.plugin]
     for value in values:
         ET.SubElement(arguments, f"{{{_QEMU_NAMESPACE}}}arg", value=value)
     return ET.tostring(domain, encoding="unicode")
+
+
+def _disk(devices: ET.Element, name: str, path: Path, driver: str) -> ET.Element:
+    disk = _child(devices, "disk", type="file", device="disk")
+    _child(disk, "driver", name="qemu", type=driver)
+    _child(disk, "source", file=str(path))
+    _child(disk, "target", dev=name, bus="virtio")
+    return disk
 
 
 def _child(parent: ET.Element, tag: str, text: str | None = None, **attributes: str) -> ET.Element:
@@ -166,6 +223,7 @@ class Domain:
         self.spec = spec
         self.label = label
         self.trouble: str | None = None
+        self._ssh: Ssh | None = None
         self._holding = threading.Lock()
         self._host = host
         self._transcript = transcript
@@ -193,15 +251,67 @@ class Domain:
         return self
 
     def __exit__(self, *_error: object) -> None:
+        if self._ssh is not None:
+            self._ssh.close()
         self.console.close()
         self.destroy()
 
+    @property
+    def shell(self) -> Shell:
+        """A root shell in the guest: ssh if it boots from a disk, else its console."""
+        return self.console if self.spec.boot is None else self.ssh
+
+    @property
+    def ssh(self) -> Ssh:
+        """The guest's shell over ssh.
+
+        Raises:
+            VmError: it has none: it is not up yet, or boots from no disk.
+        """
+        if self._ssh is None:
+            raise VmError(f"{self.label} has no ssh")
+        return self._ssh
+
+    @property
+    def access(self) -> Access:
+        """How to log in to the guest.
+
+        Raises:
+            VmError: it boots from no disk.
+        """
+        if self.spec.boot is None:
+            raise VmError(f"{self.label} has no login: it boots from no disk")
+        return self.spec.boot.access
+
     def boot(self, timeout_s: float) -> None:
-        """Let the guest run, and wait for its shell."""
+        """Let the guest run, and wait for its shell.
+
+        Raises:
+            VmLostError: there is none in time.
+        """
         self.resume()
         self.started = time.monotonic()
         with self.explained():
-            self.console.wait_ready(timeout_s)
+            if self.spec.boot is None:
+                self.console.wait_ready(timeout_s)
+            else:
+                self._first_login(timeout_s)
+
+    def _first_login(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        said = self.console.wait_for(HOST_KEYS_SHOWN, timeout_s, "booting to cloud-init's end")
+        host_key = host_key_from(said)
+        if host_key is None:
+            raise VmLostError(f"{self.label} showed no Ed25519 host key on its console")
+        self._ssh = Ssh(self.access, host_key, max(1.0, deadline - time.monotonic()))
+
+    def _booted_again(self, timeout_s: float) -> None:
+        """Wait for the shell of a guest that has been up before."""
+        with self.explained():
+            if self._ssh is None:
+                self.console.wait_ready(timeout_s)
+            else:
+                self._ssh.wait_booted_again(timeout_s)
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
@@ -285,9 +395,18 @@ class Domain:
             return False
 
     def power_off(self, timeout_s: float) -> None:
-        """Have the guest shut down by itself, and wait for QEMU's end."""
+        """Have the guest shut down by itself, and wait for QEMU's end.
+
+        Raises:
+            VmLostError: it is still there; `destroy` ends it in any case.
+        """
         with self.explained():
-            self.console.send("poweroff -f")
+            if self.spec.boot is None:
+                self.console.send("poweroff -f")
+            else:  # as who presses the power button
+                self._call(
+                    lambda: self._domain.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN)
+                )
             self.console.wait_end(timeout_s)
 
     def reset(self, timeout_s: float) -> None:
@@ -297,14 +416,43 @@ class Domain:
             VmError: there is no QEMU any more, or the guest did not boot in time.
         """
         self._call(self._domain.reset)
-        with self.explained():
-            self.console.wait_ready(timeout_s)
+        self._booted_again(timeout_s)
 
-    def reboot(self, timeout_s: float) -> None:
-        """Have the guest reboot by itself, and wait for its shell; otherwise as `reset`."""
+    def reboot(self, timeout_s: float, how: str = "reboot") -> None:
+        """Have the guest reboot by itself, and wait for its shell; otherwise as `reset`.
+
+        Args:
+            timeout_s: until when it has to be up.
+            how: of a guest with systemd: ``reboot``, or ``kexec`` for a kernel that is loaded.
+        """
         with self.explained():
-            self.console.send("reboot -f")
-            self.console.wait_ready(timeout_s)
+            if self.spec.boot is None:
+                self.console.send("reboot -f")
+            else:
+                self.ssh.run(f"systemctl --no-block {how}", timeout_s)
+        self._booted_again(timeout_s)
+
+    def standby(self, timeout_s: float) -> None:
+        """Have the guest suspend itself to RAM (ACPI S3), and wake it once it has.
+
+        Raises:
+            VmError: it has not in time, or there is no QEMU any more.
+        """
+        asleep = threading.Event()
+        event = libvirt.VIR_DOMAIN_EVENT_ID_PMSUSPEND
+        connection = self._host.connection
+        handle = self._call(
+            lambda: connection.domainEventRegisterAny(
+                self._domain, event, lambda *_event: asleep.set(), None
+            )
+        )
+        try:
+            self.ssh.run("systemctl --no-block suspend", timeout_s)
+            if not asleep.wait(timeout_s):
+                raise VmError(f"{self.label} does not sleep after {timeout_s:g} s")
+            self._call(self._domain.pMWakeup)
+        finally:
+            self._call(lambda: connection.domainEventDeregisterAny(handle))
 
     def balloon(self, memory_bytes: int, timeout_s: float) -> None:
         """Have the guest give memory back, or take it again, until it has `memory_bytes`.

@@ -13,6 +13,7 @@ from mktme.engine.keys import KeyMode
 from mktme.engine.xts import PAGE_BYTES, Algorithm
 from mktme.service.client import EngineClient
 from mktme.vm.domain import ram_below_4g
+from mktme.vm.hardware import Machine
 from mktme.vm.host import UsageError
 from mktme.vm.sizes import parse_size
 
@@ -57,7 +58,7 @@ class GuestPages:
     size_bytes: int
     use: PageUse
 
-    def ram_offset(self, memory_bytes: int) -> int:
+    def ram_offset(self, memory_bytes: int, machine: Machine = Machine.Q35) -> int:
         """Where the range is in the RAM of a guest of that size.
 
         Raises:
@@ -69,7 +70,7 @@ class GuestPages:
                 f"{self}: KeyIDs are for whole pages of {PAGE_BYTES} bytes",
                 hint="give multiples of 4K",
             )
-        low = ram_below_4g(memory_bytes)
+        low = ram_below_4g(memory_bytes, machine)
         if base >= 0 and base + size <= low:
             return base
         if base >= _HIGH_RAM and base + size <= _HIGH_RAM + memory_bytes - low:
@@ -101,17 +102,19 @@ def parse_pages(text: str) -> GuestPages:
 
 
 def assign_pages(
-    engine: EngineClient, vm: UUID, pages: GuestPages, memory_bytes: int, algorithm: Algorithm
+    engine: EngineClient, vm: UUID, pages: GuestPages, offset: int, algorithm: Algorithm
 ) -> int | None:
     """Give a VM's pages to what they are to be under; returns the KeyID, None for the VM's own.
 
     A further KeyID of the VM's is cleared once no page is under it any more.
 
+    Args:
+        offset: the pages' `GuestPages.ram_offset`.
+        algorithm: of a further key.
+
     Raises:
-        UsageError: the range is not whole pages of its RAM.
         ServiceError: the engine refuses.
     """
-    offset = pages.ram_offset(memory_bytes)
     keyid: int | None
     match pages.use:
         case PageUse.PRIVATE:

@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 import threading
@@ -41,20 +42,27 @@ from mktme.service.client import EngineClient, EngineGoneError, EngineProcess, S
 from mktme.service.server import CONTROL_SOCKET
 from mktme.vm.config import VmConfig, check_config, with_window
 from mktme.vm.console import VmError
-from mktme.vm.domain import Domain, DomainSpec, guest_physical, ram_below_4g
+from mktme.vm.disk_images import DiskImage, make_seed, overlay
+from mktme.vm.domain import DiskBoot, Domain, DomainSpec, guest_physical, ram_below_4g
 from mktme.vm.host import EMULATOR, EnvironmentUnfitError, Host, UsageError, plugin_path
+from mktme.vm.images import GuestImage
 from mktme.vm.pages import GuestPages, assign_pages
 from mktme.vm.reaper import ENGINE_PID_FILE, process_dir
+from mktme.vm.ssh import Access, LoginKey, free_port
 
 log = logging.getLogger(__name__)
 
 BOOT_TIMEOUT_S: Final = 120.0
+"""For a guest whose kernel QEMU loads."""
+DISK_BOOT_TIMEOUT_S: Final = 420.0
+"""For one that boots its disk, up to ssh: many times what it takes on an idle machine."""
 LINK_TIMEOUT_S: Final = 20.0
 ENGINE_SILENT_S: Final = 10
 """An engine that has not answered for so long hangs: the user is told, and a guest that is taken
 down takes it along. It gives way to requests after each batch, so milliseconds are usual."""
 ENGINE_LOST_S: Final = 60
 """One that has not answered for so long is not waited for any more."""
+_USER: Final = "mktme"
 _PING_S: Final = 1.0
 _LIVENESS_S: Final = 0.5
 _EVENT_TIMEOUT_S: Final = 5.0
@@ -100,9 +108,8 @@ class Vm:
             ServiceError: the engine refuses.
         """
         engine = self.require_engine()
-        keyid = assign_pages(
-            engine, self.uuid, pages, self.config.memory_bytes, self.config.algorithm
-        )
+        offset = pages.ram_offset(self.config.memory_bytes, self.config.hardware.machine)
+        keyid = assign_pages(engine, self.uuid, pages, offset, self.config.algorithm)
         return self.keyid if keyid is None else keyid
 
     def status(self) -> wire.VmStatus:
@@ -256,9 +263,13 @@ class Platform:
                 )
                 stack.callback(self._forget, one)
                 for pages in config.pages:
-                    assign_pages(self.engine, one, pages, config.memory_bytes, config.algorithm)
+                    offset = pages.ram_offset(config.memory_bytes, config.hardware.machine)
+                    assign_pages(self.engine, one, pages, offset, config.algorithm)
                 vm_fields = {"keyid": added.keyid, "base": added.base}
                 plugin = self._plugin_argument(one, config)
+            boot_disk = None
+            if isinstance(config.image, DiskImage):
+                boot_disk = stack.enter_context(self._boot_disk(one, config.image, config.ssh_port))
             spec = DomainSpec(
                 name=unique,
                 uuid=one,
@@ -270,6 +281,8 @@ class Platform:
                 plugin=plugin,
                 inline=config.datapath is DataPath.INLINE,
                 disk=config.disk,
+                boot=boot_disk,
+                hardware=config.hardware,
             )
             transcript = self.run_dir / f"{unique}.log"
             why = functools.partial(self._why_lost, one)
@@ -289,8 +302,30 @@ class Platform:
                 self._wait_linked(one, domain)
                 domain.check_guest_map(vm_status(engine, one).segments)
             if boot:
-                domain.boot(BOOT_TIMEOUT_S)
+                domain.boot(boot_timeout_s(config.image))
             yield Vm(one, config, domain, engine, **vm_fields)
+
+    @contextlib.contextmanager
+    def _boot_disk(self, one: uuid.UUID, image: DiskImage, port: int | None) -> Iterator[DiskBoot]:
+        """A guest's layer over its image, and the seed that tells it who may log in."""
+        with tempfile.TemporaryDirectory(prefix=f"{one.hex[:8]}-", dir=self.run_dir) as directory:
+            access = Access(
+                free_port() if port is None else port, _USER, LoginKey(), secrets.token_urlsafe(12)
+            )
+            seed = Path(directory, "seed.img")
+            make_seed(
+                seed,
+                hostname=image.name.split(".")[0],
+                user=access.user,
+                public_key=access.key.authorized,
+                # password=access.password,
+            )
+            yield DiskBoot(
+                overlay(image, Path(directory, "disk.qcow2")),
+                seed,
+                Path(directory, "nvram.fd"),
+                access,
+            )
 
     def restore(self, vm: Vm, state: Path) -> None:
         """Start a guest again that `Domain.save` ended, in a QEMU of its own, and let it run.
@@ -356,7 +391,7 @@ class Platform:
             "vm": str(one),
             "datapath": config.datapath.value,
             "track": "off" if config.track is None else config.track.value,
-            "ram-below-4g": str(ram_below_4g(config.memory_bytes)),
+            "ram-below-4g": str(ram_below_4g(config.memory_bytes, config.hardware.machine)),
             "check-tlb": "on" if config.check_tlb else "off",
         }
         # QEMU splits options at commas; one that belongs to a value is doubled.
@@ -506,7 +541,9 @@ class Platform:
         if domain is None:
             return  # it is gone, or never was: who waits for the page waits
         line = first_line(event.lines)
-        address = guest_physical(event.ram_offset, domain.spec.memory_bytes) + line * LINE_BYTES
+        spec = domain.spec
+        page = guest_physical(event.ram_offset, spec.memory_bytes, spec.hardware.machine)
+        address = page + line * LINE_BYTES
         self._notice(
             f"{domain.label}: memory at {address:#x} (KeyID {event.keyid}) is not what was written"
             f" there ({event.kind.value}): machine check"
@@ -529,6 +566,11 @@ class Platform:
         else:
             domain.release()
             self._notice(f"{domain.label} goes on: all it wrote is in DRAM")
+
+
+def boot_timeout_s(image: GuestImage | DiskImage) -> float:
+    """How long a guest may take to its shell."""
+    return DISK_BOOT_TIMEOUT_S if isinstance(image, DiskImage) else BOOT_TIMEOUT_S
 
 
 def require_memory(needed_bytes: int) -> None:
