@@ -2,7 +2,7 @@
 # Each target first sets up what is missing, from a clean clone on: see tools/setup.
 
 BIN := .venv/bin
-SCRIPTS := tools/setup .ci/run tests/live/libvirtd.sh $(addprefix guest-images/tiny/,init canary verify-memory workload)
+SCRIPTS := tools/setup .ci/run guest-images/build-root tests/live/libvirtd.sh $(addprefix guest-images/tiny/,init canary verify-memory workload)
 C_SOURCES := $(shell find qemu-plugin tests -name '*.[ch]')
 FUZZ_SECONDS ?= 120
 SOAK_SECONDS ?= 600
@@ -10,13 +10,16 @@ PIP_COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --generate-ha
 	--python-version 3.11 --constraints requirements/constraints.txt \
 	--custom-compile-command 'make lock'
 
-.PHONY: help setup lint check test fuzz soak demo tamper bench schema lock clean
+.PHONY: help setup guests lint check test fuzz soak demo tamper bench schema lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
 
 setup: ## packages, virtual environment, plugin, guest image
 	@tools/setup
+
+guests: setup ## the guests that boot from a disk: Debian 12 and 13
+	$(BIN)/python -m mktme.vm.images debian-12 debian-13
 
 lint: setup ## formatters, linters, type checker and compilers' warnings
 	$(BIN)/ruff format --check
@@ -29,7 +32,7 @@ lint: setup ## formatters, linters, type checker and compilers' warnings
 check: lint ## lint, and the tests that need no VM
 	$(BIN)/pytest tests/unit tests/vectors
 
-test: setup ## every test, live VMs included
+test: guests ## every test, live VMs included
 	$(BIN)/pytest tests
 
 fuzz: setup ## coverage-guided fuzzing of every decoder, two minutes

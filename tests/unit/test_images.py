@@ -18,6 +18,7 @@ import msgspec
 import pytest
 
 from mktme.vm import images
+from mktme.vm.image_cache import is_disk_guest, read_recipe
 from mktme.vm.images import ImageError, UnknownGuestError, cache_dir, ensure, known_guests, verify
 
 KERNEL = bytes(range(256)) * 16
@@ -440,8 +441,10 @@ def test_every_recipe_is_complete() -> None:
     guests = known_guests()
     assert "tiny" in guests
     for guest in guests:
+        if is_disk_guest(guest):
+            continue
         directory = images.RECIPES_DIR / guest
-        recipe = images._read_recipe(directory)
+        recipe = read_recipe(guest, images.RECIPES_DIR, images._Recipe)
         for script in recipe.files.values():
             subprocess.run(["sh", "-n", str(directory / script)], check=True)
 

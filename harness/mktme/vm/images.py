@@ -12,39 +12,46 @@ a kernel package has none (its postinst runs depmod), so it is made of what each
 section says. Debian 12 has modules as .ko; Debian 13 compresses them, and they stay that way
 (.ko.xz): what loads them has to know how, or the kernel (CONFIG_MODULE_DECOMPRESS).
 
-::
-
-    MktmeError
-    ├── UnknownGuestError       no recipe of that name
-    └── ImageError              an image cannot be built, or is not what its packages hold
+These guests boot from memory; those that boot from a disk are in `mktme.vm.disk_images`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
-import os
-import platform
 import re
-import shutil
 import stat
 import subprocess
 import sys
 import tarfile
-import tempfile
-import tomllib
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from mktme.engine.errors import MktmeError
+from mktme.vm.disk_images import DiskManifest, ensure_disk, verify_disk
+from mktme.vm.image_cache import (
+    APT_HINT,
+    RECIPES_DIR,
+    ImageError,
+    Progress,
+    UnknownGuestError,
+    build_key,
+    cache_dir,
+    damaged,
+    ensure_built,
+    host_release,
+    is_disk_guest,
+    known_guests,
+    read_recipe,
+    run_tool,
+)
 from mktme.vm.kernel_modules import depends_on, is_closure, module_files, module_name
 
 __all__ = [
+    "RECIPES_DIR",
     "GuestImage",
     "ImageError",
     "Manifest",
@@ -56,8 +63,6 @@ __all__ = [
     "verify",
 ]
 
-RECIPES_DIR = Path(__file__).parents[3] / "guest-images"
-
 _FORMAT = 3
 """Part of every image's key: raise it when this module builds something else from a recipe."""
 
@@ -65,23 +70,6 @@ _KERNEL_MEMBER = r"\./boot/vmlinuz-[^/]+"
 # Debian 13 has below /usr what Debian 12 had in / as well.
 _ROOT_MEMBER = r"\./(usr/)?"
 _MODULE_MEMBER = _ROOT_MEMBER + r"lib/modules/[^/]+/.+/(NAMES)\.ko(\.xz)?"
-
-_APT_HINT = "refresh apt's index with `sudo apt-get update`; check its sources and the network"
-
-Progress = Callable[[str], None]
-
-
-class UnknownGuestError(MktmeError):
-    """There is no recipe for a guest of this name."""
-
-    def __init__(self, guest: str, known: tuple[str, ...]) -> None:
-        super().__init__(f"unknown guest {guest!r}", hint=f"known guests: {', '.join(known)}")
-        self.guest = guest
-        self.known = known
-
-
-class ImageError(MktmeError):
-    """An image cannot be built, or is not what its packages hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,17 +151,6 @@ class _IndexEntry:
     depends: str
 
 
-def cache_dir() -> Path:
-    """Where images are kept, by the XDG base directory specification."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "mktme" / "images"
-
-
-def known_guests(recipes: Path = RECIPES_DIR) -> tuple[str, ...]:
-    """The names of the guests that there are recipes for, sorted."""
-    return tuple(sorted(recipe.parent.name for recipe in recipes.glob("*/recipe.toml")))
-
-
 def ensure(
     name: str,
     progress: Progress | None = None,
@@ -196,25 +173,22 @@ def ensure(
         UnknownGuestError: there is no such recipe.
         ImageError: a package cannot be had or is not as expected, or the cache cannot be written.
     """
-    if name not in known_guests(recipes):
-        raise UnknownGuestError(name, known_guests(recipes))
     recipe_dir = recipes / name
-    recipe = _read_recipe(recipe_dir)
-    cache = cache or cache_dir()
-    image_dir = cache / f"{name}-{_key(recipe_dir, recipe)}"
-    try:
-        if not image_dir.exists():
-            with _build_dir(cache) as build_dir:
-                # Another process may have built it while this one waited for the lock.
-                if not image_dir.exists():
-                    _build(name, recipe_dir, recipe, build_dir, progress or (lambda line: None))
-                    build_dir.rename(image_dir)
-        return _load(name, image_dir)
-    except OSError as error:
+    if is_disk_guest(name, recipes):
         raise ImageError(
-            f"cannot keep guest image {name} in {cache}: {error.strerror}",
-            hint="make room there, or set XDG_CACHE_HOME to another directory",
-        ) from error
+            f"guest {name} boots from a disk, and this needs one that boots from an initramfs",
+            hint="use guest tiny here",
+        )
+    recipe = read_recipe(name, recipes, _Recipe)
+    files = (recipe_dir / file for file in ("recipe.toml", *sorted(recipe.files.values())))
+    image_dir = (cache or cache_dir()) / f"{name}-{build_key(_FORMAT, files)}"
+    ensure_built(
+        image_dir,
+        lambda build_dir: _build(
+            name, recipe_dir, recipe, build_dir, progress or (lambda line: None)
+        ),
+    )
+    return _load(name, image_dir)
 
 
 def verify(image: GuestImage, *, recipes: Path = RECIPES_DIR) -> Manifest:
@@ -232,65 +206,24 @@ def verify(image: GuestImage, *, recipes: Path = RECIPES_DIR) -> Manifest:
     """
     image_dir = image.kernel.parent
     recipe_dir = recipes / image.name
+    recipe = read_recipe(image.name, recipes, _Recipe)
     try:
-        recipe = _read_recipe(recipe_dir)
         manifest = image.manifest
         content = _packaged_files(image_dir, (manifest.kernel, *manifest.modules, *manifest.files))
         packaged = {one.path: content[one] for one in manifest.files}
         modules = {one.path: content[one] for one in manifest.modules}
         if packaged.keys() != recipe.packages.keys():
-            raise _damaged(image_dir, "manifest.json does not have the files of the recipe")
+            raise damaged(image_dir, "manifest.json does not have the files of the recipe")
         if {one.name for one in manifest.modules} - {manifest.kernel.name} or not is_closure(
             modules, recipe.modules
         ):
-            raise _damaged(image_dir, "manifest.json does not have the modules of the recipe")
+            raise damaged(image_dir, "manifest.json does not have the modules of the recipe")
         initramfs = _initramfs(packaged, modules, recipe_dir, recipe)
         _require_sha256(image.kernel, image.kernel.read_bytes(), _sha256(content[manifest.kernel]))
         _require_sha256(image.initrd, image.initrd.read_bytes(), _sha256(initramfs))
     except OSError as error:
-        raise _damaged(image_dir, str(error)) from error
+        raise damaged(image_dir, str(error)) from error
     return manifest
-
-
-def _read_recipe(recipe_dir: Path) -> _Recipe:
-    path = recipe_dir / "recipe.toml"
-    try:
-        return msgspec.convert(tomllib.loads(path.read_text()), _Recipe)
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
-        raise ImageError(f"{path}: {error}") from error
-
-
-def _key(recipe_dir: Path, recipe: _Recipe) -> str:
-    """Name of what would be built here: the same key, the same recipe on the same release."""
-    digest = hashlib.sha256(f"{_FORMAT} {_release()}".encode())
-    for file in ("recipe.toml", *sorted(recipe.files.values())):
-        digest.update(hashlib.sha256((recipe_dir / file).read_bytes()).digest())
-    return digest.hexdigest()[:16]
-
-
-def _release() -> str:
-    release = platform.freedesktop_os_release()
-    return f"{release['ID']} {release.get('VERSION_CODENAME', '')}".strip()
-
-
-@contextmanager
-def _build_dir(cache: Path) -> Iterator[Path]:
-    """A directory to build in, on the cache's file system, while no other process builds.
-
-    The lock goes with the process, so any other build directory is what a killed one left.
-    """
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for leftover in cache.glob(".build-*"):
-            shutil.rmtree(leftover)
-        build_dir = Path(tempfile.mkdtemp(prefix=".build-", dir=cache))
-        # QEMU may run as another user than the one who builds.
-        build_dir.chmod(0o755)
-        try:
-            yield build_dir
-        finally:
-            shutil.rmtree(build_dir, ignore_errors=True)
 
 
 def _build(
@@ -313,7 +246,7 @@ def _build(
     ]
     packaged = {package.path: data for package, data in taken}
     files = tuple(package for package, _data in taken)
-    manifest = Manifest(name, _release(), recipe.cmdline, kernel, files, tuple(modules))
+    manifest = Manifest(name, host_release(), recipe.cmdline, kernel, files, tuple(modules))
     (build_dir / "vmlinuz").write_bytes(vmlinuz)
     initramfs = _initramfs(
         packaged, {module.path: data for module, data in modules.items()}, recipe_dir, recipe
@@ -327,7 +260,7 @@ def _load(name: str, image_dir: Path) -> GuestImage:
     try:
         manifest = msgspec.json.decode((image_dir / "manifest.json").read_bytes(), type=Manifest)
     except (OSError, msgspec.DecodeError) as error:
-        raise _damaged(image_dir, f"manifest.json: {error}") from error
+        raise damaged(image_dir, f"manifest.json: {error}") from error
     return GuestImage(name, image_dir / "vmlinuz", image_dir / "initrd", manifest.cmdline, manifest)
 
 
@@ -338,7 +271,7 @@ def _resolve(name: str, *, version: str | None = None) -> _IndexEntry:
     """
     fields_of = [
         dict(re.findall(r"^([A-Za-z0-9-]+): (.*)$", paragraph, re.MULTILINE))
-        for paragraph in _run("apt-cache", "show", name).split("\n\n")
+        for paragraph in run_tool("apt-cache", "show", name).split("\n\n")
     ]
     entries = [
         _IndexEntry(name, fields["Version"], fields["SHA256"], fields.get("Depends", ""))
@@ -350,7 +283,7 @@ def _resolve(name: str, *, version: str | None = None) -> _IndexEntry:
         entries = [entry for entry in entries if entry.version == version]
     if not entries:
         wanted = name if version is None else f"{name} {version}"
-        raise ImageError(f"apt's sources have no {wanted}", hint=_APT_HINT)
+        raise ImageError(f"apt's sources have no {wanted}", hint=APT_HINT)
     return max(entries, key=functools.cmp_to_key(_compare_versions))
 
 
@@ -367,11 +300,11 @@ def _fetch(entry: _IndexEntry, build_dir: Path, progress: Progress) -> None:
     # apt would warn that its own user cannot write here; it has authenticated the index anyway.
     no_sandbox = ("-o", "APT::Sandbox::User=root")
     wanted = f"{entry.name}={entry.version}"
-    _run("apt-get", *no_sandbox, "--quiet", "download", wanted, cwd=build_dir)
+    run_tool("apt-get", *no_sandbox, "--quiet", "download", wanted, cwd=build_dir)
     (downloaded,) = build_dir.glob(f"{entry.name}_*.deb")
     deb = downloaded.rename(build_dir / f"{entry.name}.deb")
     if _sha256(deb.read_bytes()) != entry.sha256:
-        raise ImageError(f"{wanted} is not the package in apt's index", hint=_APT_HINT)
+        raise ImageError(f"{wanted} is not the package in apt's index", hint=APT_HINT)
 
 
 def _take(entry: _IndexEntry, member: str, build_dir: Path) -> tuple[Package, bytes]:
@@ -418,11 +351,11 @@ def _packaged_files(image_dir: Path, packages: Collection[Package]) -> dict[Pack
         actual = _sha256(path.read_bytes())
         for package in wanted.values():
             if actual != package.sha256:
-                raise _damaged(image_dir, f"{deb} has SHA-256 {actual}, not {package.sha256}")
+                raise damaged(image_dir, f"{deb} has SHA-256 {actual}, not {package.sha256}")
         pattern = "|".join(re.escape(member) for member in wanted)
         for member, data in _members(path, pattern, len(wanted)):
             if _sha256(data) != wanted[member].member_sha256:
-                raise _damaged(image_dir, f"manifest.json is wrong about {member} in {deb}")
+                raise damaged(image_dir, f"manifest.json is wrong about {member} in {deb}")
             content[wanted[member]] = data
         if absent := wanted.keys() - {package.member for package in content}:
             raise ImageError(f"{deb} has no file {min(absent)}")
@@ -490,43 +423,18 @@ def _sha256(data: bytes) -> str:
 
 def _require_sha256(path: Path, data: bytes, expected: str) -> None:
     if (actual := _sha256(data)) != expected:
-        raise _damaged(path.parent, f"{path.name} has SHA-256 {actual}, not {expected}")
-
-
-def _damaged(image_dir: Path, problem: str) -> ImageError:
-    return ImageError(
-        f"guest image {image_dir.name}: {problem}",
-        hint=f"remove {image_dir} and run again to rebuild it",
-    )
-
-
-def _run(*command: str, cwd: Path | None = None) -> str:
-    """Run one of Debian's tools and return what it printed."""
-    try:
-        return subprocess.run(
-            command,
-            cwd=cwd,
-            check=True,
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            env=os.environ | {"LC_ALL": "C.UTF-8"},
-        ).stdout
-    except FileNotFoundError as error:
-        raise ImageError(
-            f"{command[0]} is missing",
-            hint="guest images are built from Debian packages: use Debian 12 or 13",
-        ) from error
-    except subprocess.CalledProcessError as error:
-        complaint = (error.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ImageError(f"{' '.join(command)}: {complaint}", hint=_APT_HINT) from error
+        raise damaged(path.parent, f"{path.name} has SHA-256 {actual}, not {expected}")
 
 
 def main() -> int:
-    """Build the images named on the command line: what set-up calls."""
+    """Build the images named on the command line, of either kind: what set-up calls."""
     try:
         for name in sys.argv[1:]:
-            manifest = verify(ensure(name, progress=print))
+            manifest: Manifest | DiskManifest
+            if is_disk_guest(name):
+                manifest = verify_disk(ensure_disk(name, progress=print))
+            else:
+                manifest = verify(ensure(name, progress=print))
             print(f"{name}: {manifest.kernel.name} {manifest.kernel.version}")
     except MktmeError as error:
         print(f"{error}\nhint: {error.hint}", file=sys.stderr)
