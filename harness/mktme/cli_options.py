@@ -12,9 +12,9 @@ from rich.markup import escape
 
 from mktme.cli_output import err
 from mktme.vm.config import check_sizes
-from mktme.vm.disk_images import DiskImage, guest_image
+from mktme.vm.disk_images import DiskImage
 from mktme.vm.host import UsageError
-from mktme.vm.images import GuestImage
+from mktme.vm.images import GuestImage, guest_image
 from mktme.vm.sizes import parse_size
 
 

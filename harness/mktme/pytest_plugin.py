@@ -136,9 +136,9 @@ def vm_config(
     from mktme.engine.keys import KeyMode
     from mktme.engine.xts import Algorithm
     from mktme.vm.config import VmConfig, check_config
-    from mktme.vm.disk_images import guest_image
     from mktme.vm.hardware import Firmware, Hardware, Machine
     from mktme.vm.host import UsageError
+    from mktme.vm.images import guest_image
     from mktme.vm.pages import parse_pages
     from mktme.vm.sizes import parse_size, parse_window
 

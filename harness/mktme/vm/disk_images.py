@@ -275,7 +275,9 @@ def verify_disk(image: DiskImage) -> DiskManifest:
     return manifest
 
 
-def make_seed(path: Path, *, hostname: str, user: str, public_key: str) -> None:
+def make_seed(
+    path: Path, *, hostname: str, user: str, public_key: str, password: str | None = None
+) -> None:
     """Make a NoCloud seed: a small disk that tells cloud-init the guest's name and who may log in.
 
     The user can do all by sudo, and logs in with the key only. Host keys are made in the guest, and
@@ -287,6 +289,7 @@ def make_seed(path: Path, *, hostname: str, user: str, public_key: str) -> None:
         hostname: the guest's.
         user: made in the guest if it has none of that name.
         public_key: as in authorized_keys, one line.
+        password: of the user, for the console; None for none. Over ssh it does not count.
 
     Raises:
         ValueError: a name or the key is malformed.
@@ -304,9 +307,10 @@ def make_seed(path: Path, *, hostname: str, user: str, public_key: str) -> None:
             {
                 "name": user,
                 "shell": "/bin/bash",
-                "lock_passwd": True,
+                "lock_passwd": password is None,
                 "sudo": "ALL=(ALL) NOPASSWD:ALL",
                 "ssh_authorized_keys": [public_key.strip()],
+                **({} if password is None else {"plain_text_passwd": password}),
             }
         ],
         "ssh_pwauth": False,

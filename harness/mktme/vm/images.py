@@ -426,6 +426,11 @@ def _require_sha256(path: Path, data: bytes, expected: str) -> None:
         raise damaged(path.parent, f"{path.name} has SHA-256 {actual}, not {expected}")
 
 
+def guest_image(name: str, progress: Progress | None = None) -> GuestImage | DiskImage:
+    """Return guest `name` of either kind; otherwise as `ensure`."""
+    return ensure_disk(name, progress) if is_disk_guest(name) else ensure(name, progress)
+
+
 def main() -> int:
     """Build the images named on the command line, of either kind: what set-up calls."""
     try:

@@ -318,7 +318,7 @@ class Platform:
                 hostname=image.name.split(".")[0],
                 user=access.user,
                 public_key=access.key.authorized,
-                # password=access.password,
+                password=access.password,
             )
             yield DiskBoot(
                 overlay(image, Path(directory, "disk.qcow2")),

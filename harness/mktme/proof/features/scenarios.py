@@ -19,8 +19,8 @@ from mktme.proof.features import devices, life
 from mktme.proof.features.subject import Check, Subject
 from mktme.proof.guest_tools import equip
 from mktme.vm.config import VmConfig, region_bytes
-from mktme.vm.disk_images import guest_image
 from mktme.vm.hardware import Firmware, Hardware, Machine
+from mktme.vm.images import guest_image
 from mktme.vm.platform import Platform, boot_timeout_s
 
 MIB: Final = 1 << 20
