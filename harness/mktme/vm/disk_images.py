@@ -314,11 +314,14 @@ def make_seed(path: Path, *, hostname: str, user: str, public_key: str) -> None:
         "ssh_genkeytypes": ["ed25519"],
         "ssh": {"emit_keys_to_console": True},
         "manage_etc_hosts": "localhost",
+        # Else it would generate en_US.UTF-8, which takes long and fails in Debian 12.
+        "locale": False,
         "package_update": False,
         "package_upgrade": False,
     }
     interface = {"match": {"name": "e*"}, "dhcp4": True, "dhcp6": False}
-    network_config = {"version": 2, "ethernets": {"all": interface}}
+    # Named as matched: to systemd-networkd Debian 12's cloud-init tells the name, and not the match.
+    network_config = {"version": 2, "ethernets": {"e*": interface}}
     # JSON is YAML.
     files = {
         "meta-data": json.dumps(meta_data),
