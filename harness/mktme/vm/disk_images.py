@@ -320,7 +320,7 @@ def make_seed(path: Path, *, hostname: str, user: str, public_key: str) -> None:
         "package_upgrade": False,
     }
     interface = {"match": {"name": "e*"}, "dhcp4": True, "dhcp6": False}
-    # Named as matched: to systemd-networkd Debian 12's cloud-init tells the name, and not the match.
+    # Named as matched: Debian 12's cloud-init tells systemd-networkd the name, and not the match.
     network_config = {"version": 2, "ethernets": {"e*": interface}}
     # JSON is YAML.
     files = {
@@ -385,7 +385,7 @@ def _our_files(name: str, recipe: _Recipe, root: UUID) -> dict[str, str]:
         "etc/cloud/cloud.cfg.d/90_mktme.cfg": _CLOUD_CONFIG,
         "etc/fstab": f"UUID={root} / ext4 errors=remount-ro 0 1\n",
         "etc/hostname": f"{name}\n",
-        "etc/hosts": f"127.0.0.1 localhost\n127.0.1.1 {name}\n::1 localhost\n",
+        "etc/hosts": "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n",
     }
 
 
