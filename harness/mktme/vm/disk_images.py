@@ -318,11 +318,14 @@ def make_seed(
         "ssh_genkeytypes": ["ed25519"],
         "ssh": {"emit_keys_to_console": True},
         "manage_etc_hosts": "localhost",
+        # Else it would generate en_US.UTF-8, which takes long and fails in Debian 12.
+        "locale": False,
         "package_update": False,
         "package_upgrade": False,
     }
     interface = {"match": {"name": "e*"}, "dhcp4": True, "dhcp6": False}
-    network_config = {"version": 2, "ethernets": {"all": interface}}
+    # Named as matched: Debian 12's cloud-init tells systemd-networkd the name, and not the match.
+    network_config = {"version": 2, "ethernets": {"e*": interface}}
     # JSON is YAML.
     files = {
         "meta-data": json.dumps(meta_data),
@@ -386,7 +389,7 @@ def _our_files(name: str, recipe: _Recipe, root: UUID) -> dict[str, str]:
         "etc/cloud/cloud.cfg.d/90_mktme.cfg": _CLOUD_CONFIG,
         "etc/fstab": f"UUID={root} / ext4 errors=remount-ro 0 1\n",
         "etc/hostname": f"{name}\n",
-        "etc/hosts": f"127.0.0.1 localhost\n127.0.1.1 {name}\n::1 localhost\n",
+        "etc/hosts": "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n",
     }
 
 

@@ -118,9 +118,7 @@ def make_fat(path: Path, label: str, size_kib: int, files: dict[str, bytes]) -> 
     Raises:
         ImageError: dosfstools or mtools are missing, or fail.
     """
-    # A serial number from the clock would make each one different.
-    serial = "4d4b544d"
-    run_tool("mkfs.vfat", "-C", "-n", label, "-i", serial, str(path), str(size_kib))
+    run_tool("mkfs.vfat", "-C", "-n", label, str(path), str(size_kib))
     for directory in sorted({str(up) for file in files for up in Path(file).parents} - {"."}):
         run_tool("mmd", "-i", str(path), f"::{directory}")
     for file, content in files.items():
