@@ -15,7 +15,7 @@ from mktme.engine.dram import REGION_ALIGN_BYTES
 from mktme.engine.keys import KeyMode
 from mktme.engine.xts import PAGE_BYTES, Algorithm
 from mktme.vm.disk_images import DiskImage
-from mktme.vm.hardware import Firmware, Hardware
+from mktme.vm.hardware import USUAL_HARDWARE, Firmware, Hardware
 from mktme.vm.host import UsageError
 from mktme.vm.images import GuestImage
 from mktme.vm.pages import GuestPages
@@ -65,7 +65,7 @@ class VmConfig:
     pages: tuple[GuestPages, ...] = ()
     check_tlb: bool = False
     disk: Path | None = None
-    hardware: Hardware = Hardware()
+    hardware: Hardware = USUAL_HARDWARE
     ssh_port: int | None = None
 
     @property

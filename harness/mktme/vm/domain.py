@@ -23,7 +23,7 @@ from mktme.engine.dram import GuestSegment
 from mktme.vm.bypass import refuse_bypasses
 from mktme.vm.console import Console, VmError, VmLostError
 from mktme.vm.disk_images import DiskImage
-from mktme.vm.hardware import Firmware, Hardware, Machine
+from mktme.vm.hardware import USUAL_HARDWARE, Firmware, Hardware, Machine
 from mktme.vm.host import Host
 from mktme.vm.images import GuestImage
 from mktme.vm.shell import Shell
@@ -102,7 +102,7 @@ class DomainSpec:
     inline: bool = False
     disk: Path | None = None
     boot: DiskBoot | None = None
-    hardware: Hardware = Hardware()
+    hardware: Hardware = USUAL_HARDWARE
 
 
 # All that TCG can do, as an Intel processor with TME (Sapphire Rapids): Linux looks for TME, and

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Final
 
 
 class Machine(enum.Enum):
@@ -46,3 +47,6 @@ class Hardware:
     firmware: Firmware = Firmware.BIOS
     devices: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
+
+
+USUAL_HARDWARE: Final = Hardware()

@@ -31,7 +31,7 @@ from pathlib import Path
 import msgspec
 
 from mktme.engine.errors import MktmeError
-from mktme.vm.disk_images import DiskManifest, ensure_disk, verify_disk
+from mktme.vm.disk_images import DiskImage, DiskManifest, ensure_disk, verify_disk
 from mktme.vm.image_cache import (
     APT_HINT,
     RECIPES_DIR,

@@ -109,7 +109,10 @@ def assign_pages(
     A further KeyID of the VM's is cleared once no page is under it any more.
 
     Args:
-        offset: the pages' `GuestPages.ram_offset`.
+        engine: the platform's.
+        vm: whose.
+        pages: what they are to be under.
+        offset: their `GuestPages.ram_offset`.
         algorithm: of a further key.
 
     Raises:

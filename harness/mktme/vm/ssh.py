@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A guest's shell over ssh: a key of its own for each guest, and the host key that its console said.
+"""A guest's shell over ssh: a key for each guest, and the host key that its console said.
 
 Neither is ever in a file of the host's. QEMU's user-mode network forwards a port of the loopback
 interface to the guest's port 22, so who can log in is who has the key.
