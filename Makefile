@@ -4,6 +4,7 @@
 BIN := .venv/bin
 SCRIPTS := tools/setup .ci/run guest-images/build-root tests/live/libvirtd.sh $(addprefix guest-images/tiny/,init canary verify-memory workload)
 C_SOURCES := $(shell find qemu-plugin tests -name '*.[ch]')
+PYTEST := $(BIN)/pytest --numprocesses auto --dist loadgroup
 FUZZ_SECONDS ?= 120
 SOAK_SECONDS ?= 600
 PIP_COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes \
@@ -30,10 +31,10 @@ lint: setup ## formatters, linters, type checker and compilers' warnings
 	shellcheck --severity=warning $(SCRIPTS)
 
 check: lint ## lint, and the tests that need no VM
-	$(BIN)/pytest tests/unit tests/vectors
+	$(PYTEST) tests/unit tests/vectors
 
 test: guests ## every test, live VMs included
-	$(BIN)/pytest tests
+	$(PYTEST) tests
 
 fuzz: setup ## coverage-guided fuzzing of every decoder, two minutes
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)

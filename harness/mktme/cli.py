@@ -62,7 +62,13 @@ from mktme.service.client import EngineRefusedError
 from mktme.service.platform_file import read_platform
 from mktme.service.wire import RoleError
 from mktme.vm import doctor, images
-from mktme.vm.config import VmConfig, check_config, check_data_path
+from mktme.vm.config import (
+    BOOT_TIMEOUT_S,
+    DISK_BOOT_TIMEOUT_S,
+    VmConfig,
+    check_config,
+    check_data_path,
+)
 from mktme.vm.disk_images import user_image
 from mktme.vm.hardware import Firmware, Hardware, Machine
 from mktme.vm.pages import parse_pages
@@ -136,6 +142,15 @@ def run(
             metavar="PORT",
             help="Loopback port for ssh to a guest that boots its disk.",
             show_default="a free one",
+        ),
+    ] = None,
+    boot_timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            min=1,
+            help="How long a guest may take to its shell.",
+            show_default=f"{BOOT_TIMEOUT_S:g}, from a disk {DISK_BOOT_TIMEOUT_S:g}",
         ),
     ] = None,
     datapath: Annotated[DataPath, typer.Option(help="How memory is encrypted.")] = DataPath.SHADOW,
@@ -219,6 +234,7 @@ def run(
         pages=ranges,
         hardware=Hardware(machine, firmware),
         ssh_port=ssh_port,
+        boot_timeout_s=boot_timeout,
     )
     check_config(config)
     options = runs.RunOptions(connect=connect, dram=dram, reference=reference, platform=set_up)

@@ -20,7 +20,8 @@ from mktme.engine.xts import PAGE_BYTES
 from mktme.proof.confidentiality import Canary, find_canary
 from mktme.pytest_plugin import vm_config
 from mktme.service.client import EngineClient
-from mktme.vm.platform import BOOT_TIMEOUT_S, Platform, Vm
+from mktme.vm.config import BOOT_TIMEOUT_S
+from mktme.vm.platform import Platform, Vm
 from mktme.vm.reaper import process_dir
 
 MEMORY_BYTES = 192 << 20

@@ -13,8 +13,9 @@ from mktme.proof.eviction import held_out_of_window
 from mktme.proof.residency import sampled
 from mktme.proof.transparency import compare_memory, run_workload
 from mktme.pytest_plugin import vm_config
+from mktme.vm.config import BOOT_TIMEOUT_S
 from mktme.vm.console import GuestPanicError
-from mktme.vm.platform import BOOT_TIMEOUT_S, Platform
+from mktme.vm.platform import Platform
 
 from .conftest import Command
 

@@ -32,10 +32,10 @@ from mktme.pytest_plugin import vm_config
 from mktme.service.client import EngineGoneError, EngineProcess, EngineRefusedError
 from mktme.vm import domain as vm_domain
 from mktme.vm.bypass import BypassError
-from mktme.vm.config import MIN_WINDOW_BYTES, VmConfig
+from mktme.vm.config import BOOT_TIMEOUT_S, MIN_WINDOW_BYTES, VmConfig
 from mktme.vm.console import VmError, VmLostError
 from mktme.vm.domain import DomainSpec, domain_xml
-from mktme.vm.platform import BOOT_TIMEOUT_S, Platform, Vm
+from mktme.vm.platform import Platform, Vm
 
 from .conftest import Command
 

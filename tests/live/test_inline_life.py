@@ -30,9 +30,10 @@ from mktme.proof.guest_ram import memory_of
 from mktme.proof.residency import sampled
 from mktme.proof.transparency import compare_memory, run_workload
 from mktme.pytest_plugin import vm_config
+from mktme.vm.config import BOOT_TIMEOUT_S
 from mktme.vm.console import Console
 from mktme.vm.images import GuestImage
-from mktme.vm.platform import BOOT_TIMEOUT_S, Platform, Vm
+from mktme.vm.platform import Platform, Vm
 from mktme.vm.snapshots import Snapshots
 
 MIB: Final = 1 << 20

@@ -39,7 +39,7 @@ from mktme.proof.report import Check, GuestReport, RunReport, environment
 from mktme.proof.residency import Residency, sampled
 from mktme.proof.transparency import MemoryComparison, Progress, compare_memory, run_workload
 from mktme.vm.config import VmConfig
-from mktme.vm.platform import Platform, Vm, boot_timeout_s
+from mktme.vm.platform import Platform, Vm
 
 DEMO_GUESTS: Final = ("alice", "bob")
 _T = TypeVar("_T")
@@ -314,7 +314,7 @@ class _Session:
             vm = stack.enter_context(self._platform.launch(config, name, boot=False))
             if vm.config.window_bytes is not None:
                 residency = stack.enter_context(sampled(vm, vm.config.window_bytes))
-            vm.domain.boot(boot_timeout_s(config.image))
+            vm.domain.boot(config.boot_deadline_s)
             boot_s = time.monotonic() - vm.domain.started
             equip(vm)
         checksums: dict[str, str] = {}

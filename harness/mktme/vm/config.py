@@ -24,6 +24,10 @@ from mktme.vm.ssh import check_port
 # An instruction and its operands, page tables, and a device's buffers at once, many times over.
 MIN_WINDOW_BYTES: Final = 4 << 20
 MIN_MEMORY_BYTES: Final = 192 << 20  # with less, Linux has too little left for the workload
+BOOT_TIMEOUT_S: Final = 120.0
+"""For a guest whose kernel QEMU loads."""
+DISK_BOOT_TIMEOUT_S: Final = 600.0
+"""For one that boots its disk, to ssh."""
 MIN_DISK_MEMORY_BYTES: Final = 256 << 20
 # libvirt gives x86 guests their memory in steps of 1 MiB (qemuDomainGetMemorySizeAlignment).
 _MEMORY_STEP_BYTES: Final = 1 << 20
@@ -50,6 +54,7 @@ class VmConfig:
         disk: a raw image for it to have as a virtio disk, None for a guest without.
         hardware: its chipset, firmware and further devices.
         ssh_port: of the loopback interface, for a guest that boots its disk; None for any.
+        boot_timeout_s: how long it may take to its shell; None for what is plenty.
     """
 
     image: GuestImage | DiskImage
@@ -67,6 +72,14 @@ class VmConfig:
     disk: Path | None = None
     hardware: Hardware = USUAL_HARDWARE
     ssh_port: int | None = None
+    boot_timeout_s: float | None = None
+
+    @property
+    def boot_deadline_s(self) -> float:
+        """How long it may take to its shell: many times what it takes on an idle machine."""
+        if self.boot_timeout_s is not None:
+            return self.boot_timeout_s
+        return BOOT_TIMEOUT_S if isinstance(self.image, GuestImage) else DISK_BOOT_TIMEOUT_S
 
     @property
     def plain(self) -> bool:

@@ -45,17 +45,12 @@ from mktme.vm.console import VmError
 from mktme.vm.disk_images import DiskImage, make_seed, overlay
 from mktme.vm.domain import DiskBoot, Domain, DomainSpec, guest_physical, ram_below_4g
 from mktme.vm.host import EMULATOR, EnvironmentUnfitError, Host, UsageError, plugin_path
-from mktme.vm.images import GuestImage
 from mktme.vm.pages import GuestPages, assign_pages
 from mktme.vm.reaper import ENGINE_PID_FILE, process_dir
 from mktme.vm.ssh import Access, LoginKey, free_port
 
 log = logging.getLogger(__name__)
 
-BOOT_TIMEOUT_S: Final = 120.0
-"""For a guest whose kernel QEMU loads."""
-DISK_BOOT_TIMEOUT_S: Final = 420.0
-"""For one that boots its disk, up to ssh: many times what it takes on an idle machine."""
 LINK_TIMEOUT_S: Final = 20.0
 ENGINE_SILENT_S: Final = 10
 """An engine that has not answered for so long hangs: the user is told, and a guest that is taken
@@ -302,7 +297,7 @@ class Platform:
                 self._wait_linked(one, domain)
                 domain.check_guest_map(vm_status(engine, one).segments)
             if boot:
-                domain.boot(boot_timeout_s(config.image))
+                domain.boot(config.boot_deadline_s)
             yield Vm(one, config, domain, engine, **vm_fields)
 
     @contextlib.contextmanager
@@ -566,11 +561,6 @@ class Platform:
         else:
             domain.release()
             self._notice(f"{domain.label} goes on: all it wrote is in DRAM")
-
-
-def boot_timeout_s(image: GuestImage | DiskImage) -> float:
-    """How long a guest may take to its shell."""
-    return DISK_BOOT_TIMEOUT_S if isinstance(image, DiskImage) else BOOT_TIMEOUT_S
 
 
 def require_memory(needed_bytes: int) -> None:

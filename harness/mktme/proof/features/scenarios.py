@@ -21,7 +21,7 @@ from mktme.proof.guest_tools import equip
 from mktme.vm.config import VmConfig, region_bytes
 from mktme.vm.hardware import Firmware, Hardware, Machine
 from mktme.vm.images import guest_image
-from mktme.vm.platform import Platform, boot_timeout_s
+from mktme.vm.platform import Platform
 
 MIB: Final = 1 << 20
 
@@ -100,7 +100,7 @@ class Scenario:
             config = self.config(datapath, directory)
             platform = stack.enter_context(Platform(region_bytes(self.memory_bytes)))
             vm = stack.enter_context(platform.launch(config, self.name, boot=False))
-            vm.domain.boot(boot_timeout_s(config.image))
+            vm.domain.boot(config.boot_deadline_s)
             equip(vm)
             yield Subject(platform, vm, directory)
 
