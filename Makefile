@@ -10,13 +10,16 @@ PIP_COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --generate-ha
 	--python-version 3.11 --constraints requirements/constraints.txt \
 	--custom-compile-command 'make lock'
 
-.PHONY: help setup lint check test fuzz soak demo tamper bench schema lock clean
+.PHONY: help setup qemu11 lint check test fuzz soak demo tamper bench schema lock clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
+	@sed -n 's/^\([a-z0-9]*\):.*## /make \1\t/p' Makefile
 
 setup: ## packages, virtual environment, plugin, guest image
 	@tools/setup
+
+qemu11: setup ## QEMU 11 beside the machine's own, for --emulator qemu11
+	@tools/setup qemu11
 
 lint: setup ## formatters, linters, type checker and compilers' warnings
 	$(BIN)/ruff format --check

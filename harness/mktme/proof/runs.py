@@ -102,11 +102,13 @@ class RunOptions:
     """What `run` and `demo` have in common beside the guest's configuration.
 
     Attributes:
+        emulator: another QEMU than this machine's own.
         platform: what firmware sets up; None for the defaults.
         keep: called when all is proven, with the guests still there.
     """
 
     connect: str | None = None
+    emulator: Path | None = None
     dram: Path | None = None
     reference: bool = True
     platform: PlatformConfig | None = None
@@ -175,6 +177,7 @@ class _Session:
                     shared_ownership=self._options.keep is not None,
                     dram=self._options.dram,
                     connect=self._options.connect,
+                    emulator=self._options.emulator,
                     notice=self._note,
                 )
                 self._platform = stack.enter_context(platform)
