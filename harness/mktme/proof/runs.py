@@ -102,16 +102,16 @@ class RunOptions:
     """What `run` and `demo` have in common beside the guest's configuration.
 
     Attributes:
-        emulator: another QEMU than this machine's own.
         platform: what firmware sets up; None for the defaults.
+        emulator: another QEMU than this machine's own.
         keep: called when all is proven, with the guests still there.
     """
 
     connect: str | None = None
-    emulator: Path | None = None
     dram: Path | None = None
     reference: bool = True
     platform: PlatformConfig | None = None
+    emulator: Path | None = None
     keep: Callable[[RunReport, Platform], None] | None = None
 
 
