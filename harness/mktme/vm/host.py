@@ -50,9 +50,6 @@ class UsageError(MktmeError):
 class Host:
     """A connection to libvirt, and the QEMU that it is to start; a context manager.
 
-    libvirt 11.3 starts QEMU 11, but neither migrates nor saves it: it gives QEMU's `migrate` a
-    parameter that QEMU 11 took away ("Parameter 'detach' is unexpected").
-
     Args:
         uri: another libvirt on this machine in place of the embedded driver.
         emulator: another QEMU than this machine's own, such as `emulator_path` finds.
@@ -100,6 +97,20 @@ class Host:
     def plugin_api(self) -> int:
         """The QEMU plugin API version that this host's QEMU takes (11.1 takes 7 alone)."""
         return plugin_api(self.qemu_version)
+
+    def require_migration(self) -> None:
+        """Check that libvirt can have its QEMU migrate, which is how it saves a guest, too.
+
+        Raises:
+            EnvironmentUnfitError: it cannot. libvirt 11.3 gives QEMU's `migrate` a parameter that
+                QEMU 11 took away: "Parameter 'detach' is unexpected".
+        """
+        if self.qemu_version >= (11,) and self.libvirt_version < (11, 4):
+            raise EnvironmentUnfitError(
+                f"libvirt {dotted(self.libvirt_version)} cannot migrate or save a guest of"
+                f" QEMU {dotted(self.qemu_version)}",
+                hint="use this machine's own QEMU: leave out --emulator",
+            )
 
     def qemu_log(self, name: str) -> str:
         """What a domain's QEMU said so far; empty where we may not look."""

@@ -31,10 +31,11 @@ from mktme.vm.host import (
 class FakeConnection:
     """What libvirt.open returns."""
 
+    libvirt: int = 11_003_000
     closed: bool = False
 
     def getLibVersion(self) -> int:  # noqa: N802 - libvirt's name
-        return 11_003_000
+        return self.libvirt
 
     def close(self) -> None:
         self.closed = True
@@ -142,10 +143,33 @@ def test_embedded_libvirt_has_a_root_of_its_own(
 @pytest.mark.usefixtures("connection")
 def test_version_is_that_of_the_emulator(tmp_path: Path) -> None:
     other = qemu(tmp_path / "other", "11.1.2")
-    with Host(emulator=other) as host:
+    with Host("qemu:///system", emulator=other) as host:
         assert host.emulator == other
         assert host.qemu_version == (11, 1, 2)
         assert host.plugin_api == 7
+
+
+@pytest.mark.parametrize(
+    ("version", "libvirt_version", "can"),
+    [
+        ("10.2.0", 11_003_000, True),
+        ("11.1.2", 11_003_000, False),
+        ("11.0.0", 10_000_000, False),
+        ("11.1.2", 12_000_000, True),
+    ],
+)
+def test_migration_of_qemu11_is_refused(
+    connection: FakeConnection, own_qemu: Path, version: str, libvirt_version: int, can: bool
+) -> None:
+    qemu(own_qemu, version)
+    connection.libvirt = libvirt_version
+    with Host("qemu:///system") as host:
+        if can:
+            host.require_migration()
+            return
+        with pytest.raises(EnvironmentUnfitError, match="cannot migrate or save a guest") as caught:
+            host.require_migration()
+    assert "--emulator" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("version", ["9.2.3", "7.2.0", "0.0.0"])
