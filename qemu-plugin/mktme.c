@@ -148,7 +148,7 @@ static void flush(unsigned int vcpu_index, void *userdata MKTME_UNUSED)
  * - An exception or a hardware interrupt through a task gate: a discontinuity, of which QEMU tells
  *   from API 6 on. It does not tell which went through one, so each flushes: a tenth more flushes.
  * - SMM entry: an SMI that an OUT to port B2h raised follows that OUT, which flushes; one from
- *   elsewhere does not. For QEMU 11.1 it is no discontinuity, nor is the next.
+ *   elsewhere does not. For QEMU 11.1 it is no discontinuity.
  * - #VMEXIT.
  * What a stale translation misplaces until the next flush is found by page tracking, as is all
  * else that stores do not show.
