@@ -11,16 +11,19 @@ PIP_COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --generate-ha
 	--python-version 3.11 --constraints requirements/constraints.txt \
 	--custom-compile-command 'make lock'
 
-.PHONY: help setup guests lint check test fuzz soak demo tamper bench schema lock clean
+.PHONY: help setup guests qemu11 lint check test fuzz soak demo tamper bench features schema lock clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
+	@sed -n 's/^\([a-z0-9]*\):.*## /make \1\t/p' Makefile
 
 setup: ## packages, virtual environment, plugin, guest image
 	@tools/setup
 
 guests: setup ## the guests that boot from a disk: Debian 12 and 13
 	$(BIN)/python -m mktme.vm.images debian-12 debian-13
+
+qemu11: setup ## QEMU 11 beside the machine's own, for --emulator qemu11
+	@tools/setup qemu11
 
 lint: setup ## formatters, linters, type checker and compilers' warnings
 	$(BIN)/ruff format --check
@@ -47,6 +50,9 @@ demo: setup ## two encrypted guests, and the proofs
 
 tamper: setup ## attacks on the DRAM of live guests, without and with integrity
 	$(BIN)/mktme tamper
+
+features: guests ## what works in real guests, on both data paths; README's table is made of it
+	$(BIN)/mktme features --readme README.md
 
 bench: setup ## the cost of each configuration
 	$(BIN)/mktme bench

@@ -5,10 +5,8 @@
  *
  * MKTME_QEMU_API picks the version: 4 (QEMU 10.0, which takes 2 to 4) or 7 (QEMU 11.1, which takes
  * 7 only). All that differs between the two for us is here: version 7's vCPU and translation
- * callbacks lost the plugin's id and gained a userdata pointer.
- *
- * Version 6 brought a callback for discontinuities, but it does not help us: QEMU 11.1's x86 calls
- * it for what goes through the IDT, and not for SMM entry or #VMEXIT.
+ * callbacks lost the plugin's id and gained a userdata pointer, and version 6 brought a callback
+ * for discontinuities.
  */
 #ifndef MKTME_QEMU_API_H
 #define MKTME_QEMU_API_H
@@ -100,6 +98,13 @@ MKTME_EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *inf
 #error "MKTME_QEMU_API must be 4 (QEMU 10.0) or 7 (QEMU 11.1)"
 #endif
 
+enum qemu_plugin_discon_type {
+	QEMU_PLUGIN_DISCON_ALL = -1,
+};
+
+typedef void (*qemu_plugin_vcpu_discon_cb_t)(unsigned int vcpu_index,
+                                             enum qemu_plugin_discon_type type, uint64_t from_pc,
+                                             uint64_t to_pc, void *userdata);
 typedef void (*mktme_vcpu_callback)(MKTME_VCPU_CALLBACK(vcpu_index));
 typedef void (*mktme_tb_callback)(MKTME_TB_CALLBACK(tb));
 
@@ -124,5 +129,26 @@ static inline void mktme_register_translation(qemu_plugin_id_t id, mktme_tb_call
 {
 	qemu_plugin_register_vcpu_tb_trans_cb(id, callback MKTME_NO_USERDATA);
 }
+
+#if MKTME_QEMU_API >= 6
+
+void qemu_plugin_register_vcpu_discon_cb(qemu_plugin_id_t id, enum qemu_plugin_discon_type type,
+                                         qemu_plugin_vcpu_discon_cb_t callback, void *userdata);
+
+static inline void mktme_register_discontinuity(qemu_plugin_id_t id,
+                                                qemu_plugin_vcpu_discon_cb_t callback)
+{
+	qemu_plugin_register_vcpu_discon_cb(id, QEMU_PLUGIN_DISCON_ALL, callback, NULL);
+}
+
+#else
+
+/* There is no such callback: it is never called. */
+static inline void mktme_register_discontinuity(qemu_plugin_id_t id MKTME_UNUSED,
+                                                qemu_plugin_vcpu_discon_cb_t callback MKTME_UNUSED)
+{
+}
+
+#endif
 
 #endif

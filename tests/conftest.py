@@ -8,7 +8,7 @@ import os
 import pytest
 
 WORKER_BYTES = 6 << 30
-"""What the largest live test takes: a guest of 4 GiB, its DRAM in the page cache, and the engine."""
+"""What the largest live test takes: a guest of 4 GiB, the engine, DRAM in the page cache."""
 
 SHARED_GUESTS = {"mktme_platform", "mktme_vm"}
 

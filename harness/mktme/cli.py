@@ -18,7 +18,7 @@ from rich.table import Table
 
 try:
     # First of ours: it needs libvirt, the one library that pip does not bring.
-    from mktme.vm.host import EnvironmentUnfitError, UsageError
+    from mktme.vm.host import QEMU11, EnvironmentUnfitError, UsageError, emulator_path
 except ImportError as missing:
     print(f"mktme: libvirt cannot be loaded ({missing})\n  hint: make setup", file=sys.stderr)
     sys.exit(3)  # ExitCode.ENVIRONMENT
@@ -199,6 +199,13 @@ def run(
         bool, typer.Option("--keep", help="Leave the guests running until Ctrl-C.")
     ] = False,
     connect: ConnectOption = None,
+    emulator: Annotated[
+        str | None,
+        typer.Option(
+            metavar=f"PATH|{QEMU11}",
+            help=f"Another QEMU than this machine's own; {QEMU11} is what `make qemu11` installs.",
+        ),
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Boot guests with encrypted memory, let them work, and prove what is claimed of them."""
@@ -208,6 +215,7 @@ def run(
             raise UsageError("--no-encrypt has no use for --key-file", hint="leave one of them out")
         mode = KeyMode.NO_ENCRYPT
     check_json(json)
+    qemu = None if emulator is None else emulator_path(emulator)
     memory_bytes = guest_memory(memory, vcpus)
     window_bytes = None if window is None else parse_window(window, memory_bytes)
     check_data_path(datapath, track, window_bytes, memory_bytes)
@@ -237,7 +245,9 @@ def run(
         boot_timeout_s=boot_timeout,
     )
     check_config(config)
-    options = runs.RunOptions(connect=connect, dram=dram, reference=reference, platform=set_up)
+    options = runs.RunOptions(
+        connect=connect, emulator=qemu, dram=dram, reference=reference, platform=set_up
+    )
     with ExitStack() as telling:
         narrator = telling.enter_context(narrate())
 

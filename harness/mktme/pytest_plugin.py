@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""pytest against live VMs: fixtures `mktme_platform` and `mktme_vm`, marker `mktme`.
+"""pytest against live VMs: fixtures `mktme_platform`, `mktme_vm`, `mktme_emulator`; marker `mktme`.
 
 ::
 
@@ -8,6 +8,8 @@
         mktme_vm.domain.console.run("uname -r", timeout_s=10)
         with mktme_vm.held() as engine:
             assert compare_memory(mktme_vm, engine).passed
+
+A module that has its own fixture `mktme_emulator`, parametrised or not, chooses another QEMU.
 
 Tests of one module that follow each other and ask for the same guest share it; the next other one
 ends it. A guest that was lost stays lost: later tests that ask for it fail at once and say in
@@ -58,14 +60,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="module")
-def mktme_platform() -> Iterator[Platform]:
+def mktme_emulator() -> str | None:
+    """The QEMU of `mktme_platform`, as `--emulator` has it; None for this machine's own."""
+    return None
+
+
+@pytest.fixture(scope="module")
+def mktme_platform(mktme_emulator: str | None) -> Iterator[Platform]:
     """A `mktme.vm.platform.Platform` for the tests of one module."""
     # Imported here: a project that has this plugin installed but no live test pays nothing.
+    from mktme.vm.host import emulator_path
     from mktme.vm.platform import Platform
 
     with ExitStack() as stack:
         with _fitness():
-            platform = stack.enter_context(Platform(DRAM_BYTES))
+            emulator = None if mktme_emulator is None else emulator_path(mktme_emulator)
+            platform = stack.enter_context(Platform(DRAM_BYTES, emulator=emulator))
         yield platform
 
 

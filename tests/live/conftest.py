@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from mktme.vm.host import QEMU11, EnvironmentUnfitError, emulator_path
+
 COMMAND_TIMEOUT_S = 240
 IN_CREATE = 0x100  # linux/inotify.h
 
@@ -116,6 +118,19 @@ def wait_until(
             os.read(descriptor, 4096)
     finally:
         os.close(descriptor)
+
+
+@pytest.fixture(params=[None, QEMU11], ids=["", QEMU11])
+def emulator(request: pytest.FixtureRequest) -> Path | None:
+    """This machine's own QEMU, then QEMU 11; CI has no excuse not to have it."""
+    if request.param is None:
+        return None
+    try:
+        return emulator_path(request.param)
+    except EnvironmentUnfitError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"{error}; {error.hint}")
 
 
 @pytest.fixture

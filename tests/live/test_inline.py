@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from mktme.engine.integrity import Violation
@@ -76,10 +78,10 @@ def test_a_guest_without_a_window_breaks_the_bound() -> None:
     assert not bound.passed
 
 
-def test_a_flipped_bit_is_one_random_block_for_the_guest() -> None:
+def test_a_flipped_bit_is_one_random_block_for_the_guest(emulator: Path | None) -> None:
     config = vm_config(memory="192M", datapath="inline", window="16M")
     canary = Canary.random()
-    with Platform(MEMORY) as platform, platform.launch(config) as vm:
+    with Platform(MEMORY, emulator=emulator) as platform, platform.launch(config) as vm:
         console = vm.domain.console
         canary.plant(console)
         before = console.run("od -An -v -tx1 -w16 /run/canary", timeout_s=30).output.splitlines()
@@ -89,13 +91,13 @@ def test_a_flipped_bit_is_one_random_block_for_the_guest() -> None:
         assert [index for index in range(256) if before[index] != after[index]] == [20]
 
 
-def test_a_flipped_bit_is_a_machine_check_with_integrity() -> None:
+def test_a_flipped_bit_is_a_machine_check_with_integrity(emulator: Path | None) -> None:
     """An unmodified kernel takes it for what it is, and says so on its console."""
     config = vm_config(
         memory="192M", datapath="inline", window="16M", algorithm="aes-xts-128-integrity"
     )
     canary = Canary.random()
-    with Platform(MEMORY) as platform, platform.launch(config) as vm:
+    with Platform(MEMORY, emulator=emulator) as platform, platform.launch(config) as vm:
         canary.plant(vm.domain.console)
         with held_out_of_window(vm, canary) as offset:
             assert platform.engine.read(vm.uuid, offset, 4096) == canary.page

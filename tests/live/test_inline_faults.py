@@ -125,8 +125,12 @@ class Told(list[str]):
 # --- the engine is killed ---------------------------------------------------------------------
 
 
-def test_engine_killed_while_the_guest_reads() -> None:
-    with Platform(MEMORY) as platform, platform.launch(inline_config()) as vm, qemu_of(vm) as qemu:
+def test_engine_killed_while_the_guest_reads(emulator: Path | None) -> None:
+    with (
+        Platform(MEMORY, emulator=emulator) as platform,
+        platform.launch(inline_config()) as vm,
+        qemu_of(vm) as qemu,
+    ):
         reader = Reader(vm)
         os.kill(platform.engine_pid, signal.SIGKILL)
         assert ended(qemu)

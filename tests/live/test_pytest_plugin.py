@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,10 +30,17 @@ def test_comes_after(mktme_vm):
 """
 
 
-def pytest_in(directory: Path, text: str) -> str:
+def pytest_in(directory: Path, text: str, **environment: str) -> str:
     (directory / "test_theirs.py").write_text(text)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra", "test_theirs.py"]
-    answer = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        command,
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | environment,
+    )
     return answer.stdout + answer.stderr
 
 
@@ -60,4 +68,34 @@ def test_a_wrong_marker_is_an_error(tmp_path: Path, words: str, complaint: str) 
         f"import pytest\n\n@pytest.mark.mktme({words})\ndef test_it(mktme_vm):\n    pass\n",
     )
     assert "1 error" in said, said
+    assert complaint in said
+
+
+@pytest.mark.parametrize(
+    ("emulator", "ci", "outcome", "complaint"),
+    [
+        ("/nonexistent", "", "1 error", "emulator /nonexistent is no file"),
+        ("qemu11", "", "1 skipped", "there is no QEMU 11 at"),
+        ("qemu11", "true", "1 error", "there is no QEMU 11 at"),
+    ],
+)
+def test_another_emulator_that_is_not_there(
+    tmp_path: Path, emulator: str, ci: str, outcome: str, complaint: str
+) -> None:
+    said = pytest_in(
+        tmp_path,
+        f"""
+import pytest
+
+@pytest.fixture(scope="module")
+def mktme_emulator():
+    return {emulator!r}
+
+def test_it(mktme_vm):
+    pass
+""",
+        CI=ci,
+        XDG_CACHE_HOME=str(tmp_path),
+    )
+    assert outcome in said, said
     assert complaint in said

@@ -111,6 +111,29 @@ def test_platform_arrives(
     )
 
 
+def test_emulator_arrives(mktme: Mktme, asked: Asked, tmp_path: Path) -> None:
+    emulator = tmp_path / "qemu"
+    emulator.touch(0o755)
+    assert mktme("run", "--emulator", emulator).code == ExitCode.OK
+    assert asked.options is not None
+    assert asked.options.emulator == emulator
+    assert mktme("run").code == ExitCode.OK
+    assert asked.options.emulator is None
+
+
+def test_emulator_that_cannot_be(
+    mktme: Mktme, asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = mktme("run", "--emulator", tmp_path / "qemu")
+    assert answer.code == ExitCode.USAGE
+    assert f"emulator {tmp_path}/qemu is no file" in answer.err
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    answer = mktme("run", "--emulator", "qemu11")
+    assert answer.code == ExitCode.ENVIRONMENT
+    assert "hint: make qemu11" in answer.err
+    assert asked.image is None  # known before an image is built
+
+
 @pytest.mark.parametrize("command", ["run", "demo"])
 def test_without_a_file_the_platform_is_the_default(
     mktme: Mktme, asked: Asked, command: str

@@ -104,6 +104,7 @@ class RunOptions:
 
     Attributes:
         platform: what firmware sets up; None for the defaults.
+        emulator: another QEMU than this machine's own.
         keep: called when all is proven, with the guests still there.
     """
 
@@ -111,6 +112,7 @@ class RunOptions:
     dram: Path | None = None
     reference: bool = True
     platform: PlatformConfig | None = None
+    emulator: Path | None = None
     keep: Callable[[RunReport, Platform], None] | None = None
 
 
@@ -176,6 +178,7 @@ class _Session:
                     shared_ownership=self._options.keep is not None,
                     dram=self._options.dram,
                     connect=self._options.connect,
+                    emulator=self._options.emulator,
                     notice=self._note,
                 )
                 self._platform = stack.enter_context(platform)

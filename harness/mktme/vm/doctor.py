@@ -19,7 +19,17 @@ from mktme.datapath.uffd import (
 )
 from mktme.engine.errors import MktmeError
 from mktme.vm import images
-from mktme.vm.host import EMULATOR, EnvironmentUnfitError, Host, dotted, plugin_path
+from mktme.vm.host import (
+    EMULATOR,
+    QEMU11,
+    EnvironmentUnfitError,
+    Host,
+    dotted,
+    emulator_path,
+    emulator_version,
+    plugin_api,
+    plugin_path,
+)
 from mktme.vm.platform import available_memory_bytes, require_disk
 
 MEMORY_NEEDED_BYTES: Final = 3 << 30
@@ -57,6 +67,7 @@ def examine() -> list[Finding]:
     checks: list[tuple[str, Callable[[], str]]] = [
         ("libvirt and QEMU", _libvirt),
         ("QEMU plugin", _plugin),
+        ("QEMU 11 (optional)", _qemu11),
         ("userfaultfd", _userfaultfd),
         ("PAGEMAP_SCAN", _pagemap_scan),
         ("inline data path", _inline),
@@ -75,8 +86,6 @@ def examine() -> list[Finding]:
 
 
 def _libvirt() -> str:
-    if not EMULATOR.exists():
-        raise EnvironmentUnfitError(f"{EMULATOR} is not installed", hint=_SETUP)
     try:
         with Host() as host:
             return (
@@ -88,27 +97,34 @@ def _libvirt() -> str:
 
 
 def _plugin() -> str:
-    """Have the installed QEMU load each plugin that was built: one must fit its plugin API."""
-    refusals = []
-    for api in (4, 7):
-        try:
-            path = plugin_path(api)
-        except EnvironmentUnfitError as error:
-            refusals.append(str(error))
-            continue
-        command = [str(EMULATOR), "-machine", "none", "-display", "none", "-plugin", str(path)]
-        try:
-            probe = subprocess.run(
-                command, capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            refusals.append(f"{EMULATOR}: {error}")
-            continue
-        # Loaded without arguments it says what is missing; a QEMU that does not take it says so.
-        if "mktme: " in probe.stderr:
-            return f"{path.name} is accepted"
-        refusals.append(probe.stderr.strip().splitlines()[-1] if probe.stderr else "no answer")
-    raise EnvironmentUnfitError("; ".join(refusals), hint=_SETUP)
+    return f"{_accepted_plugin(EMULATOR).name} is accepted"
+
+
+def _qemu11() -> str:
+    """Its absence is no fault; what is there has to work."""
+    try:
+        emulator = emulator_path(QEMU11)
+    except EnvironmentUnfitError as error:
+        return f"not installed: {error.hint}"
+    version = emulator_version(emulator)
+    return f"QEMU {dotted(version)}, {_accepted_plugin(emulator).name} is accepted"
+
+
+def _accepted_plugin(emulator: Path) -> Path:
+    """Have a QEMU load the plugin that was built for it."""
+    path = plugin_path(plugin_api(emulator_version(emulator)))
+    command = [str(emulator), "-machine", "none", "-display", "none", "-plugin", str(path)]
+    try:
+        probe = subprocess.run(
+            command, capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EnvironmentUnfitError(f"{emulator}: {error}", hint=_SETUP) from error
+    # Loaded without arguments it says what is missing; a QEMU that does not take it says so.
+    if "mktme: " in probe.stderr:
+        return path
+    refusal = probe.stderr.strip().splitlines()[-1] if probe.stderr else "no answer"
+    raise EnvironmentUnfitError(f"{path.name}: {refusal}", hint=_SETUP)
 
 
 def _userfaultfd() -> str:

@@ -491,8 +491,10 @@ class Domain:
         The file has the guest's memory as the guest sees it: plaintext.
 
         Raises:
+            EnvironmentUnfitError: this libvirt cannot for this QEMU.
             VmError: libvirt could not.
         """
+        self._host.require_migration()
         # "sparse" is a file that QEMU writes itself, where its pages have fixed places. Of the
         # others libvirt makes a stream through a program that is not a part of its QEMU driver.
         parameters = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import functools
 import os
+import re
+import subprocess
 import threading
 from pathlib import Path
 from typing import Final, Self
@@ -17,6 +19,9 @@ from mktme.vm.images import cache_dir
 from mktme.vm.reaper import LIBVIRT_ROOT, process_dir
 
 EMULATOR: Final = Path("/usr/bin/qemu-system-x86_64")
+QEMU11: Final = "qemu11"
+"""What `make qemu11` installs, as `emulator_path` knows it."""
+_VERSION_TIMEOUT_S: Final = 20
 # sun_path has 107 characters, of which /lib/qemu/domain-1234-NAME/monitor.sock takes 53: libvirt
 # cuts NAME to 20.
 _ROOT_MAX_CHARACTERS: Final = 107 - 53
@@ -43,17 +48,19 @@ class UsageError(MktmeError):
 
 
 class Host:
-    """A connection to libvirt; a context manager.
+    """A connection to libvirt, and the QEMU that it is to start; a context manager.
 
     Args:
         uri: another libvirt on this machine in place of the embedded driver.
+        emulator: another QEMU than this machine's own, such as `emulator_path` finds.
 
     Raises:
         UsageError: `uri` is none, or names another machine.
-        EnvironmentUnfitError: libvirt does not answer, or its QEMU is too old.
+        EnvironmentUnfitError: libvirt does not answer, or the QEMU is none or too old.
     """
 
-    def __init__(self, uri: str | None = None) -> None:
+    def __init__(self, uri: str | None = None, *, emulator: Path | None = None) -> None:
+        self.emulator = emulator or EMULATOR
         self.embedded = uri is None
         self.uri = uri or "qemu:///embed"
         try:
@@ -69,28 +76,20 @@ class Host:
             )
 
     def __enter__(self) -> Self:
+        # Not libvirt's getVersion, which is the version of the QEMU that it would choose.
+        self.qemu_version = emulator_version(self.emulator)
         try:
             with _opening:
                 _run_event_loop()
                 self.connection = _embedded() if self.embedded else libvirt.open(self.uri)
-            self.qemu_version = _version(self.connection.getVersion())
             self.libvirt_version = _version(self.connection.getLibVersion())
         except libvirt.libvirtError as error:
             raise EnvironmentUnfitError(
                 f"libvirt at {self.uri}: {error}", hint="mktme doctor"
             ) from error
-        if self.qemu_version < QEMU_MIN:
-            self._close()
-            raise EnvironmentUnfitError(
-                f"QEMU {dotted(self.qemu_version)} is too old, {dotted(QEMU_MIN[:2])} is needed",
-                hint="make setup",
-            )
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
         if not self.embedded:
             self.connection.close()
 
@@ -98,6 +97,20 @@ class Host:
     def plugin_api(self) -> int:
         """The QEMU plugin API version that this host's QEMU takes (11.1 takes 7 alone)."""
         return plugin_api(self.qemu_version)
+
+    def require_migration(self) -> None:
+        """Check that libvirt can have its QEMU migrate, which is how it saves a guest, too.
+
+        Raises:
+            EnvironmentUnfitError: it cannot. libvirt 11.3 gives QEMU's `migrate` a parameter that
+                QEMU 11 took away: "Parameter 'detach' is unexpected".
+        """
+        if self.qemu_version >= (11,) and self.libvirt_version < (11, 4):
+            raise EnvironmentUnfitError(
+                f"libvirt {dotted(self.libvirt_version)} cannot migrate or save a guest of"
+                f" QEMU {dotted(self.qemu_version)}",
+                hint="use this machine's own QEMU: leave out --emulator",
+            )
 
     def qemu_log(self, name: str) -> str:
         """What a domain's QEMU said so far; empty where we may not look."""
@@ -108,6 +121,56 @@ class Host:
             return (directory / f"{name}.log").read_text(errors="replace")
         except OSError:
             return ""
+
+
+def emulator_path(chosen: str) -> Path:
+    """The QEMU that a user chose: a path, or `QEMU11`.
+
+    Raises:
+        UsageError: there is no program at this path.
+        EnvironmentUnfitError: QEMU 11 is not installed.
+    """
+    if chosen == QEMU11:
+        path = cache_dir().parent / QEMU11 / EMULATOR.name
+        if not path.exists():
+            raise EnvironmentUnfitError(f"there is no QEMU 11 at {path}", hint="make qemu11")
+        return path
+    path = Path(chosen).absolute()
+    if not (path.is_file() and os.access(path, os.X_OK)):
+        what = "is not executable" if path.is_file() else "is no file"
+        raise UsageError(
+            f"emulator {path} {what}", hint=f"give the path of {EMULATOR.name}, or {QEMU11}"
+        )
+    return path
+
+
+def emulator_version(emulator: Path) -> tuple[int, ...]:
+    """Ask a QEMU for its version.
+
+    Raises:
+        EnvironmentUnfitError: it is not there, is no QEMU, or is too old.
+    """
+    hint = "make setup" if emulator == EMULATOR else f"make qemu11, and {QEMU11} as the emulator"
+    try:
+        answer = subprocess.run(
+            [emulator, "--version"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_VERSION_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EnvironmentUnfitError(f"{emulator}: {error}", hint=hint) from error
+    found = re.match(r"QEMU emulator version (\d+)\.(\d+)\.(\d+)", answer.stdout)
+    if found is None:
+        raise EnvironmentUnfitError(f"{emulator} does not say that it is a QEMU", hint=hint)
+    version = tuple(int(number) for number in found.groups())
+    if version < QEMU_MIN:
+        raise EnvironmentUnfitError(
+            f"QEMU {dotted(version)} is too old, {dotted(QEMU_MIN[:2])} is needed", hint=hint
+        )
+    return version
 
 
 def plugin_api(qemu_version: tuple[int, ...]) -> int:

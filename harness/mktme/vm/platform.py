@@ -44,7 +44,7 @@ from mktme.vm.config import VmConfig, check_config, with_window
 from mktme.vm.console import VmError
 from mktme.vm.disk_images import DiskImage, make_seed, overlay
 from mktme.vm.domain import DiskBoot, Domain, DomainSpec, guest_physical, ram_below_4g
-from mktme.vm.host import EMULATOR, EnvironmentUnfitError, Host, UsageError, plugin_path
+from mktme.vm.host import EnvironmentUnfitError, Host, UsageError, plugin_path
 from mktme.vm.pages import GuestPages, assign_pages
 from mktme.vm.reaper import ENGINE_PID_FILE, process_dir
 from mktme.vm.ssh import Access, LoginKey, free_port
@@ -134,6 +134,7 @@ class Platform:
         config: what its firmware sets up; the size of DRAM there is not looked at.
         dram: where to keep the DRAM image; None for a file that goes with the platform.
         connect: a libvirt URI in place of the embedded driver.
+        emulator: another QEMU than this machine's own.
         shared_ownership: let other processes of this user program keys, too.
         notice: called with a line for the user when something is not as asked for.
     """
@@ -146,6 +147,7 @@ class Platform:
         shared_ownership: bool = False,
         dram: Path | None = None,
         connect: str | None = None,
+        emulator: Path | None = None,
         notice: Callable[[str], None] = lambda _line: None,
     ) -> None:
         self._dram_bytes = dram_bytes
@@ -153,6 +155,7 @@ class Platform:
         self._shared_ownership = shared_ownership
         self._dram = dram
         self._connect = connect
+        self._emulator = emulator
         self._notice = notice
         self._changed = threading.Condition()
         self._linked: set[uuid.UUID] = set()
@@ -170,7 +173,7 @@ class Platform:
         with contextlib.ExitStack() as stack:
             self.run_dir = Path(tempfile.mkdtemp(prefix="run-", dir=process_dir()))
             stack.callback(shutil.rmtree, self.run_dir, ignore_errors=True)
-            self.host = stack.enter_context(Host(self._connect))
+            self.host = stack.enter_context(Host(self._connect, emulator=self._emulator))
             self.dram_path = (self._dram or self.run_dir / "dram.img").absolute()
             require_disk(self.dram_path.parent, self._dram_bytes)
             process = EngineProcess(
@@ -272,7 +275,7 @@ class Platform:
                 memory_bytes=config.memory_bytes,
                 vcpus=config.vcpus,
                 console_socket=self.run_dir / f"{one.hex[:8]}.console",
-                emulator=EMULATOR,
+                emulator=self.host.emulator,
                 plugin=plugin,
                 inline=config.datapath is DataPath.INLINE,
                 disk=config.disk,

@@ -21,6 +21,7 @@ from .test_domain_xml import IMAGE
 CHECKS = {
     "_libvirt": "libvirt and QEMU",
     "_plugin": "QEMU plugin",
+    "_qemu11": "QEMU 11 (optional)",
     "_userfaultfd": "userfaultfd",
     "_pagemap_scan": "PAGEMAP_SCAN",
     "_inline": "inline data path",
@@ -61,16 +62,7 @@ def test_one_fault_does_not_hide_the_others(check: str, monkeypatch: pytest.Monk
     assert all(finding.fit for finding in findings.values())
 
 
-def test_missing_qemu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor, "EMULATOR", tmp_path / "qemu")
-    with pytest.raises(EnvironmentUnfitError, match="qemu is not installed") as caught:
-        doctor._libvirt()
-    assert caught.value.hint == "make setup"
-
-
-def test_libvirt_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "qemu").touch()
-    monkeypatch.setattr(doctor, "EMULATOR", tmp_path / "qemu")
+def test_libvirt_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     unfit = EnvironmentUnfitError("libvirt at qemu:///embed: no", hint="mktme doctor")
     monkeypatch.setattr(Host, "__enter__", raising(unfit))
     with pytest.raises(EnvironmentUnfitError, match="no") as caught:
@@ -80,43 +72,41 @@ def test_libvirt_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 @pytest.fixture
 def emulator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
-    """Replaces QEMU by a script, with one plugin built."""
-
-    def plugin(api: int) -> Path:
-        if api != 4:
-            raise EnvironmentUnfitError(f"api{api} is not built", hint="make setup")
-        return tmp_path / "mktme-api4.so"
+    """Replaces QEMU by a script."""
+    path = tmp_path / "qemu"
 
     def replace(script: str) -> None:
-        path = tmp_path / "qemu"
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
-        monkeypatch.setattr(doctor, "EMULATOR", path)
 
-    monkeypatch.setattr(doctor, "plugin_path", plugin)
+    monkeypatch.setattr(doctor, "EMULATOR", path)
+    monkeypatch.setattr(doctor, "emulator_path", lambda _chosen: path)
+    monkeypatch.setattr(doctor, "emulator_version", lambda _emulator: (11, 1, 2))
+    monkeypatch.setattr(doctor, "plugin_path", lambda api: tmp_path / f"mktme-api{api}.so")
     return replace
 
 
 def test_plugin_that_qemu_takes(emulator: Callable[[str], None]) -> None:
     emulator('test "$5" = -plugin && echo "mktme: socket=PATH is missing" >&2; exit 1')
-    assert doctor._plugin() == "mktme-api4.so is accepted"
+    assert doctor._plugin() == "mktme-api7.so is accepted"
+    assert doctor._qemu11() == "QEMU 11.1.2, mktme-api7.so is accepted"
 
 
 @pytest.mark.parametrize(
     ("script", "found"),
     [
-        ("echo starting >&2; echo 'plugin: API too old' >&2; exit 1", "plugin: API too old"),
-        ("exit 0", "no answer"),
+        ("echo starting >&2; echo 'plugin: API too old' >&2; exit 1", "api7.so: plugin: API too"),
+        ("exit 0", "api7.so: no answer"),
         ("exec /nonexistent/qemu", "nonexistent"),
     ],
 )
+@pytest.mark.parametrize("check", [doctor._plugin, doctor._qemu11])
 def test_plugin_that_qemu_does_not_take(
-    emulator: Callable[[str], None], script: str, found: str
+    emulator: Callable[[str], None], script: str, found: str, check: Callable[[], str]
 ) -> None:
     emulator(script)
     with pytest.raises(EnvironmentUnfitError, match=found) as caught:
-        doctor._plugin()
-    assert "api7 is not built" in str(caught.value)
+        check()
     assert caught.value.hint == "make setup"
 
 
@@ -125,6 +115,12 @@ def test_qemu_that_hangs(emulator: Callable[[str], None], monkeypatch: pytest.Mo
     emulator("exec cat /dev/zero >/dev/null")
     with pytest.raises(EnvironmentUnfitError, match="timed out"):
         doctor._plugin()
+
+
+def test_missing_qemu11_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    unfit = EnvironmentUnfitError("there is no QEMU 11", hint="make qemu11")
+    monkeypatch.setattr(doctor, "emulator_path", raising(unfit))
+    assert doctor._qemu11() == "not installed: make qemu11"
 
 
 @pytest.mark.usefixtures("write_tracking")

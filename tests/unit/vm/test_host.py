@@ -15,10 +15,13 @@ import pytest
 
 from mktme.vm import host as host_module
 from mktme.vm.host import (
+    QEMU11,
     EnvironmentUnfitError,
     Host,
     UsageError,
     dotted,
+    emulator_path,
+    emulator_version,
     plugin_api,
     plugin_path,
 )
@@ -28,14 +31,11 @@ from mktme.vm.host import (
 class FakeConnection:
     """What libvirt.open returns."""
 
-    qemu: int
+    libvirt: int = 11_003_000
     closed: bool = False
 
-    def getVersion(self) -> int:  # noqa: N802 - libvirt's name
-        return self.qemu
-
     def getLibVersion(self) -> int:  # noqa: N802 - libvirt's name
-        return 11_003_000
+        return self.libvirt
 
     def close(self) -> None:
         self.closed = True
@@ -53,7 +53,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def connection(monkeypatch: pytest.MonkeyPatch, opened: list[str]) -> FakeConnection:
-    connection = FakeConnection(10_000_002)
+    connection = FakeConnection()
 
     def open_(uri: str) -> FakeConnection:
         opened.append(uri)
@@ -61,6 +61,27 @@ def connection(monkeypatch: pytest.MonkeyPatch, opened: list[str]) -> FakeConnec
 
     monkeypatch.setattr(libvirt, "open", open_)
     return connection
+
+
+def program(path: Path, script: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def qemu(path: Path, version: str) -> Path:
+    """A program that says it is a QEMU of some version, as Debian's does."""
+    line = f"QEMU emulator version {version} (Debian 1:{version}+ds-2)"
+    return program(path, f'test "$*" = --version && echo "{line}"\necho "Copyright (c) ..."')
+
+
+@pytest.fixture(autouse=True)
+def own_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """This machine's own QEMU is a 10.0.2, and it has no other."""
+    path = qemu(tmp_path / "qemu-system-x86_64", "10.0.2")
+    monkeypatch.setattr(host_module, "EMULATOR", path)
+    monkeypatch.setattr(host_module, "cache_dir", lambda: tmp_path / "cache" / "images")
+    return path
 
 
 @pytest.mark.parametrize(
@@ -90,9 +111,10 @@ def test_what_is_no_uri_is_refused() -> None:
     "uri", ["qemu:///system", "qemu:///session", "qemu+unix:///system?socket=/run/libvirt-sock"]
 )
 def test_other_libvirts_of_this_machine_are_taken(
-    connection: FakeConnection, opened: list[str], uri: str
+    connection: FakeConnection, opened: list[str], uri: str, own_qemu: Path
 ) -> None:
     with Host(uri) as host:
+        assert host.emulator == own_qemu
         assert opened == [uri]
         assert not host.embedded
         assert host.qemu_version == (10, 0, 2)
@@ -118,18 +140,111 @@ def test_embedded_libvirt_has_a_root_of_its_own(
     assert not connection.closed
 
 
+@pytest.mark.usefixtures("connection")
+def test_version_is_that_of_the_emulator(tmp_path: Path) -> None:
+    other = qemu(tmp_path / "other", "11.1.2")
+    with Host("qemu:///system", emulator=other) as host:
+        assert host.emulator == other
+        assert host.qemu_version == (11, 1, 2)
+        assert host.plugin_api == 7
+
+
 @pytest.mark.parametrize(
-    ("version", "shown"), [(9_002_003, "9.2.3"), (7_002_000, "7.2.0"), (0, "0.0.0")]
+    ("version", "libvirt_version", "can"),
+    [
+        ("10.2.0", 11_003_000, True),
+        ("11.1.2", 11_003_000, False),
+        ("11.0.0", 10_000_000, False),
+        ("11.1.2", 12_000_000, True),
+    ],
 )
-def test_older_qemu_is_refused(connection: FakeConnection, version: int, shown: str) -> None:
-    connection.qemu = version
+def test_migration_of_qemu11_is_refused(
+    connection: FakeConnection, own_qemu: Path, version: str, libvirt_version: int, can: bool
+) -> None:
+    qemu(own_qemu, version)
+    connection.libvirt = libvirt_version
+    with Host("qemu:///system") as host:
+        if can:
+            host.require_migration()
+            return
+        with pytest.raises(EnvironmentUnfitError, match="cannot migrate or save a guest") as caught:
+            host.require_migration()
+    assert "--emulator" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("version", ["9.2.3", "7.2.0", "0.0.0"])
+def test_older_qemu_is_refused(opened: list[str], own_qemu: Path, version: str) -> None:
+    qemu(own_qemu, version)
     with (
-        pytest.raises(EnvironmentUnfitError, match=rf"QEMU {shown} is too old, 10\.0 is") as caught,
+        pytest.raises(
+            EnvironmentUnfitError, match=rf"QEMU {version} is too old, 10\.0 is"
+        ) as caught,
         Host("qemu:///system"),
     ):
         raise AssertionError("it was taken")
     assert caught.value.hint == "make setup"
-    assert connection.closed
+    assert opened == []
+
+
+def test_missing_qemu_is_set_up(own_qemu: Path) -> None:
+    own_qemu.unlink()
+    with pytest.raises(EnvironmentUnfitError, match="No such file or directory") as caught:
+        emulator_version(own_qemu)
+    assert caught.value.hint == "make setup"
+
+
+@pytest.mark.parametrize(
+    ("script", "complaint"),
+    [
+        ("echo 'GNU bash, version 11.1.2'", "does not say that it is a QEMU"),
+        ("echo 'qemu-img version 10.0.2'", "does not say that it is a QEMU"),
+        ("printf 'QEMU emulator version \\377'", "does not say that it is a QEMU"),
+        ("exit 1", "does not say that it is a QEMU"),
+        ("exec cat /dev/zero >/dev/null", "timed out"),
+    ],
+)
+def test_emulator_that_is_no_qemu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, complaint: str
+) -> None:
+    monkeypatch.setattr(host_module, "_VERSION_TIMEOUT_S", 0.5)
+    with pytest.raises(EnvironmentUnfitError, match=complaint) as caught:
+        emulator_version(program(tmp_path / "other", script))
+    assert caught.value.hint == "make qemu11, and qemu11 as the emulator"
+
+
+def test_emulator_without_a_format_of_programs(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(b"\x7fELF")
+    other.chmod(0o755)
+    with pytest.raises(EnvironmentUnfitError, match="Exec format error"):
+        emulator_version(other)
+
+
+def test_emulator_by_path(own_qemu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert emulator_path(str(own_qemu)) == own_qemu
+    monkeypatch.chdir(own_qemu.parent)
+    assert emulator_path(own_qemu.name) == own_qemu  # libvirt takes absolute paths alone
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [("missing", "is no file"), ("", "is no file"), ("plain.txt", "is not executable")],
+)
+def test_emulator_that_cannot_be(tmp_path: Path, name: str, complaint: str) -> None:
+    (tmp_path / "plain.txt").touch()
+    with pytest.raises(UsageError, match=complaint) as caught:
+        emulator_path(str(tmp_path / name))
+    assert "qemu11" in str(caught.value.hint)
+
+
+def test_qemu11_is_where_setup_puts_it(tmp_path: Path) -> None:
+    path = tmp_path / "cache" / "qemu11" / "qemu-system-x86_64"
+    with pytest.raises(EnvironmentUnfitError, match=f"no QEMU 11 at {path}") as caught:
+        emulator_path(QEMU11)
+    assert caught.value.hint == "make qemu11"
+    path.parent.mkdir(parents=True)
+    qemu(path, "11.1.2")
+    assert emulator_path(QEMU11) == path
 
 
 def test_libvirt_that_does_not_answer(opened: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
