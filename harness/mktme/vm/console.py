@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import secrets
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, cast
@@ -67,10 +68,13 @@ class _Line(SocketSpawn):  # type: ignore[type-arg]  # generic in its stub alone
     def __init__(self, connection: socket.socket, transcript: BinaryIO) -> None:
         super().__init__(connection, timeout=None, use_poll=True)
         self._transcript = transcript
+        self.heard_at: float | None = None
 
     def read_nonblocking(self, size: int = 1, timeout: float | None = -1) -> bytes:
         data: bytes = super().read_nonblocking(size, timeout)
         self._transcript.write(data)
+        if self.heard_at is None:
+            self.heard_at = time.monotonic()
         return data
 
 
@@ -86,6 +90,11 @@ class Console:
         self._path = path
         self._transcript = transcript.open("wb")
         self._connect()
+
+    @property
+    def heard_at(self) -> float | None:
+        """The `time.monotonic` of its first output that was read, None if there was none."""
+        return self._spawn.heard_at
 
     def reconnect(self) -> None:
         """Follow the guest to another QEMU, which listens where the one before did."""
