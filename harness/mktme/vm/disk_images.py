@@ -424,8 +424,8 @@ def _run_build_root(arguments: tuple[str, ...], work: Path, progress: Progress) 
             assert process.stdout is not None
             for line in process.stdout:
                 last = line.strip() or last
-                # mmdebstrap's steps; it prints its progress bars to terminals only.
-                if line.startswith("I: "):
+                # mmdebstrap's steps, but not the text of our hook.
+                if line.startswith("I: ") and "hook" not in line:
                     progress(last.removeprefix("I: "))
         except BaseException:
             process.kill()
