@@ -370,6 +370,8 @@ def test_bench_tells_what_was_reached(
         name="plain",
         boot_s=(2.0, 3.0, 2.5),
         workload_s=(4.0, 4.0, 4.0),
+        start_s=0.5,
+        boot_ratio=1.0,
         guest_s=6.5,
         ratio=1.0,
         again_s=3.75,

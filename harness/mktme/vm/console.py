@@ -157,9 +157,10 @@ class Console:
         self._send(user)
         self._expect("[Pp]assword: ", timeout_s, doing)
         self._send(password)
+        # What comes before the shell's prompt is lost: login(1) flushes the line.
+        self._expect(rf"{re.escape(user)}@[^\r\n]*[$#] ", timeout_s, doing)
         token = secrets.token_hex(8)
-        # The shell waits for the line however late it starts. Without a terminal's niceties,
-        # nothing but what commands say is on the line.
+        # Without a terminal's niceties, nothing but what commands say is on the line.
         self._send(
             f"exec sudo -n env PS1= PS2= TERM=dumb sh -c 'stty -echo; echo {token}; exec sh'"
         )
