@@ -74,6 +74,7 @@ from mktme.vm.hardware import Firmware, Hardware, Machine
 from mktme.vm.pages import parse_pages
 from mktme.vm.platform import Platform
 from mktme.vm.sizes import parse_window
+from mktme.vm.ssh import read_public_key
 
 _USAGE_ERRORS: Final = (UsageError, PlatformConfigError, images.UnknownGuestError)
 _ENVIRONMENT_ERRORS: Final = (
@@ -142,6 +143,12 @@ def run(
             metavar="PORT",
             help="Loopback port for ssh to a guest that boots its disk.",
             show_default="a free one",
+        ),
+    ] = None,
+    ssh_key: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Your public key, to log in to such a guest with --keep."
         ),
     ] = None,
     boot_timeout: Annotated[
@@ -242,6 +249,7 @@ def run(
         pages=ranges,
         hardware=Hardware(machine, firmware),
         ssh_port=ssh_port,
+        authorized_keys=() if ssh_key is None else (read_public_key(ssh_key),),
         boot_timeout_s=boot_timeout,
     )
     check_config(config)
@@ -361,6 +369,7 @@ def _wait(platform: Platform) -> None:
     lines = (
         "running until Ctrl-C; meanwhile, in another terminal: mktme keyid list",
         f"control socket {platform.control_socket}",
+        *(f"log in, if --ssh-key was yours: {login}" for login in platform.logins()),
     )
     with suppress(KeyboardInterrupt):
         for line in lines:

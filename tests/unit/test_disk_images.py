@@ -15,6 +15,7 @@ import subprocess
 import sys
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -400,7 +401,7 @@ def test_users_image_that_cannot_be_used(tmp_path: Path, kind: str, message: str
 
 def test_seed_is_what_cloud_init_wants(tmp_path: Path) -> None:
     seed = tmp_path / "seed"
-    make_seed(seed, hostname="alice", user="tester", public_key=KEY + "\n")
+    make_seed(seed, hostname="alice", user="tester", public_keys=[KEY + "\n"])
     label = subprocess.run(
         ["/usr/sbin/blkid", "-p", "-s", "LABEL", "-o", "value", seed],
         check=True,
@@ -427,10 +428,10 @@ def test_seed_is_what_cloud_init_wants(tmp_path: Path) -> None:
     assert network["ethernets"]["e*"]["dhcp4"] is True
 
     other = tmp_path / "other"
-    make_seed(other, hostname="alice", user="tester", public_key=KEY)
+    make_seed(other, hostname="alice", user="tester", public_keys=[KEY])
     assert json.loads(mcopy(str(other), "meta-data"))["instance-id"] != meta_data["instance-id"]
     with pytest.raises(ImageError, match="already"):
-        make_seed(other, hostname="alice", user="tester", public_key=KEY)
+        make_seed(other, hostname="alice", user="tester", public_keys=[KEY])
 
 
 @pytest.mark.parametrize(
@@ -442,13 +443,14 @@ def test_seed_is_what_cloud_init_wants(tmp_path: Path) -> None:
         {"hostname": "a\n"},
         {"user": "Root"},
         {"user": "a:b"},
-        {"public_key": ""},
-        {"public_key": "-----BEGIN OPENSSH PRIVATE KEY-----"},
-        {"public_key": f"{KEY}\n{KEY}"},
+        {"public_keys": [""]},
+        {"public_keys": [KEY, "-----BEGIN OPENSSH PRIVATE KEY-----"]},
+        {"public_keys": [f"{KEY}\n{KEY}"]},
     ],
 )
-def test_seed_with_a_malformed_name(tmp_path: Path, wrong: dict[str, str]) -> None:
-    arguments = {"hostname": "alice", "user": "tester", "public_key": KEY} | wrong
+def test_seed_with_a_malformed_name(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"hostname": "alice", "user": "tester", "public_keys": [KEY]}
+    arguments |= wrong
     with pytest.raises(ValueError, match=r"no host name|no user name|one line"):
         make_seed(tmp_path / "seed", **arguments)
     assert not (tmp_path / "seed").exists()

@@ -54,6 +54,7 @@ class VmConfig:
         disk: a raw image for it to have as a virtio disk, None for a guest without.
         hardware: its chipset, firmware and further devices.
         ssh_port: of the loopback interface, for a guest that boots its disk; None for any.
+        authorized_keys: who else may log in to such a guest: lines of authorized_keys.
         boot_timeout_s: how long it may take to its shell; None for what is plenty.
     """
 
@@ -72,6 +73,7 @@ class VmConfig:
     disk: Path | None = None
     hardware: Hardware = USUAL_HARDWARE
     ssh_port: int | None = None
+    authorized_keys: tuple[str, ...] = ()
     boot_timeout_s: float | None = None
 
     @property
@@ -100,7 +102,11 @@ def check_config(config: VmConfig) -> None:
     for pages in config.pages:
         pages.ram_offset(config.memory_bytes, config.hardware.machine)
     if isinstance(config.image, GuestImage):
-        if config.ssh_port is not None or config.hardware.firmware is not Firmware.BIOS:
+        if (
+            config.ssh_port is not None
+            or config.authorized_keys
+            or config.hardware.firmware is not Firmware.BIOS
+        ):
             raise UsageError(
                 f"{config.image.name} boots from no disk: it has neither firmware nor ssh",
                 hint="--guest debian-12, or --image FILE",

@@ -19,6 +19,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import NAMESPACE_URL, UUID, uuid4, uuid5
@@ -276,7 +277,7 @@ def verify_disk(image: DiskImage) -> DiskManifest:
 
 
 def make_seed(
-    path: Path, *, hostname: str, user: str, public_key: str, password: str | None = None
+    path: Path, *, hostname: str, user: str, public_keys: Sequence[str], password: str | None = None
 ) -> None:
     """Make a NoCloud seed: a small disk that tells cloud-init the guest's name and who may log in.
 
@@ -288,7 +289,7 @@ def make_seed(
         path: the disk, which must not be there.
         hostname: the guest's.
         user: made in the guest if it has none of that name.
-        public_key: as in authorized_keys, one line.
+        public_keys: as in authorized_keys, one line each.
         password: of the user, for the console; None for none. Over ssh it does not count.
 
     Raises:
@@ -299,8 +300,9 @@ def make_seed(
         raise ValueError(f"no host name: {hostname!r}")
     if not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", user):
         raise ValueError(f"no user name: {user!r}")
-    if not re.fullmatch(r"[a-z0-9@.-]+ [A-Za-z0-9+/=]+( [^\n]*)?\n?", public_key):
-        raise ValueError("a public key is one line, as in authorized_keys")
+    for key in public_keys:
+        if not re.fullmatch(r"[a-z0-9@.-]+ [A-Za-z0-9+/=]+( [^\n]*)?\n?", key):
+            raise ValueError("a public key is one line, as in authorized_keys")
     meta_data = {"instance-id": str(uuid4()), "local-hostname": hostname}
     user_data = {
         "users": [
@@ -309,7 +311,7 @@ def make_seed(
                 "shell": "/bin/bash",
                 "lock_passwd": password is None,
                 "sudo": "ALL=(ALL) NOPASSWD:ALL",
-                "ssh_authorized_keys": [public_key.strip()],
+                "ssh_authorized_keys": [key.strip() for key in public_keys],
                 **({} if password is None else {"plain_text_passwd": password}),
             }
         ],

@@ -47,7 +47,7 @@ from mktme.vm.domain import DiskBoot, Domain, DomainSpec, guest_physical, ram_be
 from mktme.vm.host import EnvironmentUnfitError, Host, UsageError, plugin_path
 from mktme.vm.pages import GuestPages, assign_pages
 from mktme.vm.reaper import ENGINE_PID_FILE, process_dir
-from mktme.vm.ssh import Access, LoginKey, free_port
+from mktme.vm.ssh import LOOPBACK, Access, LoginKey, free_port
 
 log = logging.getLogger(__name__)
 
@@ -267,7 +267,7 @@ class Platform:
                 plugin = self._plugin_argument(one, config)
             boot_disk = None
             if isinstance(config.image, DiskImage):
-                boot_disk = stack.enter_context(self._boot_disk(one, config.image, config.ssh_port))
+                boot_disk = stack.enter_context(self._boot_disk(one, config.image, config))
             spec = DomainSpec(
                 name=unique,
                 uuid=one,
@@ -304,18 +304,17 @@ class Platform:
             yield Vm(one, config, domain, engine, **vm_fields)
 
     @contextlib.contextmanager
-    def _boot_disk(self, one: uuid.UUID, image: DiskImage, port: int | None) -> Iterator[DiskBoot]:
+    def _boot_disk(self, one: uuid.UUID, image: DiskImage, config: VmConfig) -> Iterator[DiskBoot]:
         """A guest's layer over its image, and the seed that tells it who may log in."""
         with tempfile.TemporaryDirectory(prefix=f"{one.hex[:8]}-", dir=self.run_dir) as directory:
-            access = Access(
-                free_port() if port is None else port, _USER, LoginKey(), secrets.token_urlsafe(12)
-            )
+            port = free_port() if config.ssh_port is None else config.ssh_port
+            access = Access(port, _USER, LoginKey(), secrets.token_urlsafe(12))
             seed = Path(directory, "seed.img")
             make_seed(
                 seed,
-                hostname=image.name.split(".")[0],
+                hostname=f"mktme-{one.hex[:8]}",
                 user=access.user,
-                public_key=access.key.authorized,
+                public_keys=(access.key.authorized, *config.authorized_keys),
                 password=access.password,
             )
             yield DiskBoot(
@@ -352,6 +351,13 @@ class Platform:
         for domain in tuple(self._domains.values()):
             self._let_go(domain)
             domain.destroy()
+
+    def logins(self) -> list[str]:
+        """How to log in to those of its guests that have an sshd, as commands."""
+        boots = [domain.spec.boot for domain in tuple(self._domains.values())]
+        return [
+            f"ssh -p {boot.access.port} {boot.access.user}@{LOOPBACK}" for boot in boots if boot
+        ]
 
     def check(self, vm: Vm) -> None:
         """Raise what went wrong with a VM's memory since it was launched, if anything did."""

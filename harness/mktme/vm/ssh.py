@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import paramiko
@@ -27,6 +28,7 @@ LOOPBACK: Final = "127.0.0.1"
 HOST_KEYS_SHOWN: Final = "-----END SSH HOST KEY KEYS-----"
 """What the console says behind the host keys: cloud-init's module "Keys to Console"."""
 _HOST_KEY: Final = re.compile(rb"^ssh-ed25519 (\S+)", re.M)
+_PUBLIC_KEY: Final = re.compile(r"[a-z0-9@.-]+ [A-Za-z0-9+/=]+( [^\n]*)?")
 _RETRY_S: Final = 0.25
 _BANNER_TIMEOUT_S: Final = 20.0
 
@@ -258,6 +260,22 @@ class Ssh:
 
 def _quoted(text: str) -> str:
     return "'" + text.replace("'", "'\\''") + "'"
+
+
+def read_public_key(path: Path) -> str:
+    """A line of ``authorized_keys`` from a file such as ``id_ed25519.pub``.
+
+    Raises:
+        UsageError: it has none, or cannot be read. A private key is not shown.
+    """
+    hint = "give the file that ends in .pub"
+    try:
+        line = path.read_text(errors="replace").strip()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}", hint=hint) from error
+    if not _PUBLIC_KEY.fullmatch(line):
+        raise UsageError(f"{path}: no public key, in one line", hint=hint)
+    return line
 
 
 def free_port() -> int:

@@ -10,6 +10,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import paramiko
 import pytest
@@ -17,7 +18,15 @@ from paramiko.common import AUTH_FAILED, AUTH_SUCCESSFUL, OPEN_SUCCEEDED
 
 from mktme.vm.console import GuestCommandError, VmLostError
 from mktme.vm.host import UsageError
-from mktme.vm.ssh import Access, LoginKey, Ssh, check_port, free_port, host_key_from
+from mktme.vm.ssh import (
+    Access,
+    LoginKey,
+    Ssh,
+    check_port,
+    free_port,
+    host_key_from,
+    read_public_key,
+)
 
 BOOT_ID = "cat /proc/sys/kernel/random/boot_id"
 
@@ -187,3 +196,15 @@ def test_port_that_is_taken_is_known_before() -> None:
     with pytest.raises(UsageError, match="cannot be had"):
         check_port(1 << 16)
     check_port(free_port())
+
+
+def test_own_public_key_is_read_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text(f"{LoginKey().authorized}\n")
+    assert read_public_key(path).startswith("ssh-ed25519 ")
+    path.write_text("-----BEGIN OPENSSH PRIVATE KEY-----\nsecret\n")
+    with pytest.raises(UsageError, match="no public key") as caught:
+        read_public_key(path)
+    assert "secret" not in str(caught.value)
+    with pytest.raises(UsageError, match="No such file"):
+        read_public_key(tmp_path / "none")
