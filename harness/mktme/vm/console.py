@@ -7,21 +7,26 @@ lost guest, never a success.
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import re
 import secrets
 import socket
+import threading
 import time
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, Final, cast
+from typing import Final, cast
 
 import pexpect
-from pexpect.socket_pexpect import SocketSpawn
+from pexpect.spawnbase import SpawnBase
 
 from mktme.engine.errors import MktmeError
 
 READY: Final = "@mktme ready"
 _LOG_LINES: Final = 5
+_MOST_CHUNKS: Final = 4096  # that nobody has looked at yet
 _NOTHING: Final = "(?!)"  # matches nowhere
 _PANIC: Final = r"Kernel panic - not syncing: ([^\r\n]*)\r?\n"  # Linux, kernel/panic.c
 _FOUND: Final = 0
@@ -62,20 +67,67 @@ class CommandResult:
     status: int
 
 
-class _Line(SocketSpawn):  # type: ignore[type-arg]  # generic in its stub alone
-    """A SocketSpawn with a transcript: pexpect 4.9's own does not heed `logfile_read`."""
+class _Line(SpawnBase):  # type: ignore[type-arg]  # generic in its stub alone
+    """A serial line that is read all the time, as `pexpect.popen_spawn.PopenSpawn` reads a pipe.
 
-    def __init__(self, connection: socket.socket, transcript: BinaryIO) -> None:
-        super().__init__(connection, timeout=None, use_poll=True)
-        self._transcript = transcript
+    Nobody may look at a guest's console for hours. If it were not read, QEMU's socket would fill
+    up, and the guest stop at the next line that it says.
+    """
+
+    def __init__(self, connection: socket.socket, transcript: FileIO) -> None:
+        super().__init__(timeout=None)
         self.heard_at: float | None = None
+        self._connection = connection
+        self._transcript = transcript
+        self._said: queue.Queue[bytes] = queue.Queue()
+        self._pending = b""
+        self._reader = threading.Thread(target=self._read, name="mktme-console", daemon=True)
+        self._reader.start()
 
     def read_nonblocking(self, size: int = 1, timeout: float | None = -1) -> bytes:
-        data: bytes = super().read_nonblocking(size, timeout)
-        self._transcript.write(data)
-        if self.heard_at is None:
-            self.heard_at = time.monotonic()
+        if not self._pending:
+            if self.flag_eof:
+                raise pexpect.EOF("the line has ended")
+            try:
+                self._pending = self._said.get(timeout=self.timeout if timeout == -1 else timeout)
+            except queue.Empty as error:
+                raise pexpect.TIMEOUT("nothing was said") from error
+            if not self._pending:
+                self.flag_eof = True
+                raise pexpect.EOF("the line has ended")
+        data, self._pending = self._pending[:size], self._pending[size:]
         return data
+
+    def sendline(self, line: str) -> None:
+        """Send a line.
+
+        Raises:
+            OSError: nobody listens any more.
+        """
+        self._connection.sendall(f"{line}\n".encode())
+
+    def close(self) -> None:
+        """End the line; what was said is in the transcript."""
+        with contextlib.suppress(OSError):  # QEMU has ended it
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._reader.join()
+        self._connection.close()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                data = self._connection.recv(1 << 16)
+            except OSError:  # a QEMU that is killed resets the connection
+                data = b""
+            if data:
+                self._transcript.write(data)
+                if self.heard_at is None:
+                    self.heard_at = time.monotonic()
+                if self._said.qsize() >= _MOST_CHUNKS:
+                    self._said.get_nowait()  # the oldest; the transcript has it
+            self._said.put(data)
+            if not data:
+                return
 
 
 class Console:
@@ -88,17 +140,17 @@ class Console:
 
     def __init__(self, path: Path, transcript: Path) -> None:
         self._path = path
-        self._transcript = transcript.open("wb")
+        self._transcript = transcript.open("wb", buffering=0)
         self._connect()
 
     @property
     def heard_at(self) -> float | None:
         """The `time.monotonic` of its first output that was read, None if there was none."""
-        return self._spawn.heard_at
+        return self._line.heard_at
 
     def reconnect(self) -> None:
         """Follow the guest to another QEMU, which listens where the one before did."""
-        self._socket.close()
+        self._line.close()
         self._connect()
 
     def wait_ready(self, timeout_s: float) -> None:
@@ -164,7 +216,7 @@ class Console:
         self._send(
             f"exec sudo -n env PS1= PS2= TERM=dumb sh -c 'stty -echo; echo {token}; exec sh'"
         )
-        self._expect(rf"\n{token}\r?\n", timeout_s, doing)
+        self._expect(rf"{token}\r?\n", timeout_s, doing)  # not its echo, in which more follows
 
     def send(self, command: str) -> None:
         """Send a line that is not expected to return (poweroff)."""
@@ -177,31 +229,29 @@ class Console:
 
     def close(self) -> None:
         """Let go of the console."""
-        self._socket.close()
+        self._line.close()
         self._transcript.close()
 
     def _connect(self) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
+        connection = socket.socket(socket.AF_UNIX)
         try:
-            self._socket.connect(str(self._path))
-            self._spawn = _Line(self._socket, self._transcript)
+            connection.connect(str(self._path))
+            self._line = _Line(connection, self._transcript)
         except BaseException:
-            self.close()
+            connection.close()
+            self._transcript.close()
             raise
 
     def _wait(self, pattern: str, timeout_s: float, unless: str = _NOTHING) -> int:
         """Wait for `pattern`: `_FOUND`, `_ENDED`, `_TIMED_OUT`, or `_PANICKED` for `unless`."""
-        try:
-            found: int = self._spawn.expect(
-                [pattern, pexpect.EOF, pexpect.TIMEOUT, unless], timeout=timeout_s
-            )
-        except OSError:  # a QEMU that is killed resets the connection
-            return _ENDED
+        found: int = self._line.expect(
+            [pattern, pexpect.EOF, pexpect.TIMEOUT, unless], timeout=timeout_s
+        )
         return found
 
     def _send(self, line: str) -> None:
         try:
-            self._spawn.sendline(line)
+            self._line.sendline(line)
         except OSError as error:
             raise VmLostError("the guest's console ended") from error
 
@@ -210,14 +260,14 @@ class Console:
     ) -> re.Match[bytes]:
         found = self._wait(pattern, timeout_s, unless)
         if found == _FOUND:
-            return cast("re.Match[bytes]", self._spawn.match)
+            return cast("re.Match[bytes]", self._line.match)
         if found == _PANICKED:
-            panic = cast("re.Match[bytes]", self._spawn.match)
+            panic = cast("re.Match[bytes]", self._line.match)
             said = panic.string[: panic.end()].decode(errors="replace").replace("\r\n", "\n")
             last = said.splitlines()[-1]
             raise GuestPanicError(f"the guest was lost while {doing}: {last}", said)
         what = "its console ended" if found == _ENDED else f"no answer in {timeout_s:g} s"
-        tail = self._spawn.before if isinstance(self._spawn.before, bytes) else b""
+        tail = self._line.before if isinstance(self._line.before, bytes) else b""
         lines = tail.decode(errors="replace").split("\n")[-_LOG_LINES:]
         said = " / ".join(line.strip() for line in lines if line.strip())
         raise VmLostError(f"the guest was lost while {doing}: {what}; it last said: {said or '-'}")

@@ -157,6 +157,41 @@ def test_transcript_has_all_that_was_said(boot: Boot, transcript: Path) -> None:
     assert re.fullmatch(r"booting\n@mktme ready\nhello\n@mktme-[0-9a-f]{16} 0\n", said)
 
 
+def test_guest_goes_on_while_nobody_looks(boot: Boot, transcript: Path) -> None:
+    """What it says is more than a socket holds."""
+    console, guest = boot("head -c 1000000 /dev/zero | tr '\\0' x; echo; echo done")
+    assert guest.wait(DEADLINE_S) == 0
+    assert console.wait_for("done\n", DEADLINE_S, "talking").endswith(b"xxx\ndone\n")
+    assert transcript.stat().st_size == 1_000_006
+    assert console.heard_at is not None
+
+
+LOGIN = """
+echo 'Debian GNU/Linux 12 ttyS0'
+while printf 'guest login: '; read -r user; do
+    [ "$user" ] && break
+done
+printf 'Password: '; read -r password
+if [ "$user:$password" != tester:secret ]; then echo 'Login incorrect'; exec sleep 100; fi
+printf '\033[?2004htester@guest:~$ '
+read -r line
+set -- $line
+exec sh -c "$(printf '%s' "$line" | sed "s/^[^']*'//; s/'$//; s/stty -echo; //")"
+"""
+
+
+def test_login_gives_a_shell(boot: Boot) -> None:
+    console, _ = boot(LOGIN)
+    console.log_in("tester", "secret", DEADLINE_S)
+    assert console.run("echo it works", DEADLINE_S).output == "it works\n"
+
+
+def test_login_that_is_refused_is_no_shell(boot: Boot) -> None:
+    console, _ = boot(LOGIN)
+    with pytest.raises(VmLostError, match="logging in on its console"):
+        console.log_in("tester", "wrong", SOON_S)
+
+
 def test_no_console_there(tmp_path: Path, transcript: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Console(tmp_path / "none", transcript)

@@ -227,7 +227,9 @@ def announced(engine: EngineProcess, memory_bytes: int) -> uuid.UUID:
 
 
 def assign(engine: EngineProcess, vm: uuid.UUID, text: str) -> int | None:
-    return assign_pages(engine.client, vm, parse_pages(text), 64 * MIB, Algorithm.AES_XTS_256)
+    pages = parse_pages(text)
+    offset = pages.ram_offset(64 * MIB)
+    return assign_pages(engine.client, vm, pages, offset, Algorithm.AES_XTS_256)
 
 
 def status(engine: EngineProcess, vm: uuid.UUID) -> VmStatus:
