@@ -21,7 +21,7 @@ import libvirt_qemu
 
 from mktme.engine.dram import GuestSegment
 from mktme.vm.bypass import refuse_bypasses
-from mktme.vm.console import Console, VmError, VmLostError
+from mktme.vm.console import Console, GuestPanicError, VmError, VmLostError
 from mktme.vm.disk_images import DiskImage
 from mktme.vm.hardware import USUAL_HARDWARE, Firmware, Hardware, Machine
 from mktme.vm.host import Host
@@ -299,7 +299,13 @@ class Domain:
 
     def _first_login(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        said = self.console.wait_for(HOST_KEYS_SHOWN, timeout_s, "booting to cloud-init's end")
+        try:
+            said = self.console.wait_for(HOST_KEYS_SHOWN, timeout_s, "booting to cloud-init's end")
+        except GuestPanicError:
+            raise
+        except VmLostError as error:
+            hint = "it must have cloud-init, and console=ttyS0; --boot-timeout gives it longer"
+            raise VmLostError(str(error), hint=hint) from error
         host_key = host_key_from(said)
         if host_key is None:
             raise VmLostError(f"{self.label} showed no Ed25519 host key on its console")
