@@ -186,8 +186,8 @@ static void check_inline(const struct ram_block *blocks, size_t block_count)
 	}
 }
 
-static size_t lay_out(const struct mktme_link_options *options, uint64_t ram_bytes,
-                      struct mktme_hello_segment ret[2])
+static size_t lay_out_ram(const struct mktme_link_options *options, uint64_t ram_bytes,
+                          struct mktme_hello_segment ret[2])
 {
 	/*
 	 * QEMU leaves the PCI hole at 2 GiB or above unless told otherwise (max-ram-below-4g), so
@@ -201,6 +201,31 @@ static size_t lay_out(const struct mktme_link_options *options, uint64_t ram_byt
 		        "ram-below-4g=BYTES (the size of the RAM at address 0 in HMP 'info mtree "
 		        "-f')");
 	return mktme_segments_init(ram_bytes, options->ram_below_4g_bytes ?: always_below_4g, ret);
+}
+
+/*
+ * Where all blocks, ALL_BYTES of them, are in guest-physical space. The NVDIMM's is the last, as
+ * its -object has to be.
+ */
+static size_t lay_out(const struct mktme_link_options *options, const struct ram_block *last,
+                      uint64_t all_bytes, struct mktme_hello_segment ret[3])
+{
+	const uint64_t ram_bytes = all_bytes - options->nvdimm_bytes;
+	size_t count;
+
+	if (options->nvdimm_bytes == 0)
+		return lay_out_ram(options, all_bytes, ret);
+	if (last->size_bytes != options->nvdimm_bytes || ram_bytes == 0)
+		mktme_fatal("the last RAM block has %" PRIu64 " bytes, and nvdimm=%" PRIu64
+		            "@... says that it is the NVDIMM",
+		            last->size_bytes, options->nvdimm_bytes);
+	count = lay_out_ram(options, ram_bytes, ret);
+	ret[count] = (struct mktme_hello_segment){
+	        .guest_physical = options->nvdimm_at,
+	        .ram_offset = ram_bytes,
+	        .size_bytes = options->nvdimm_bytes,
+	};
+	return count + 1;
 }
 
 static int open_pagemap(void)
@@ -354,7 +379,8 @@ void mktme_ram_link_init(const struct mktme_link_options *options, struct mktme_
 	}
 	tail = mempcpy(tail, hello_blocks, block_count * sizeof(hello_blocks[0]));
 
-	ret->segment_count = lay_out(options, ram_bytes, ret->segments);
+	ret->segment_count =
+	        lay_out(options, &blocks[block_count - 1], ram_bytes, ret->segments);
 	hello->segment_count = (uint16_t)ret->segment_count;
 	tail = mempcpy(tail, ret->segments, ret->segment_count * sizeof(ret->segments[0]));
 	hello->total_bytes = (uint32_t)(tail - (uint8_t *)&message);

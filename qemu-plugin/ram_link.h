@@ -18,11 +18,13 @@ struct mktme_link_options {
 	bool track_pages;
 	bool take_faults;            /* Instead of track_pages. */
 	uint64_t ram_below_4g_bytes; /* 0: not given. */
+	uint64_t nvdimm_bytes;       /* 0: there is none. */
+	uint64_t nvdimm_at;          /* Guest-physical. */
 	unsigned int vcpus;
 };
 
 struct mktme_ram_link {
-	struct mktme_hello_segment segments[2];
+	struct mktme_hello_segment segments[3];
 	size_t segment_count;
 	struct mktme_store_map store_map; /* Only if stores are tracked. */
 };

@@ -61,7 +61,7 @@ from mktme.service.client import EngineRefusedError
 from mktme.service.platform_file import read_platform
 from mktme.service.wire import RoleError
 from mktme.vm import doctor, images
-from mktme.vm.config import VmConfig, check_data_path
+from mktme.vm.config import VmConfig, check_data_path, parse_nvdimm
 from mktme.vm.pages import parse_pages
 from mktme.vm.platform import Platform
 from mktme.vm.sizes import parse_window
@@ -158,6 +158,13 @@ def run(
             " other-key. May be given again.",
         ),
     ] = None,
+    nvdimm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE:SIZE",
+            help="An NVDIMM for the guest: ciphertext in FILE; the same --key-file reads it again.",
+        ),
+    ] = None,
     platform: PlatformOption = None,
     dram: DramOption = None,
     keep: Annotated[
@@ -181,8 +188,12 @@ def run(
     ranges = tuple(parse_pages(one) for one in pages or ())
     for one in ranges:
         one.ram_offset(memory_bytes)
+    module = None if nvdimm is None else parse_nvdimm(nvdimm)
+    if module is not None and guests > 1:
+        raise UsageError("an NVDIMM is one guest's", hint="leave --guests out")
     firmware = None if platform is None else read_platform(platform)
-    run_demand(memory_bytes, algorithm, ranges, guests).check(firmware)
+    all_bytes = memory_bytes + (0 if module is None else module.size_bytes)
+    run_demand(all_bytes, algorithm, ranges, guests).check(firmware)
     config = VmConfig(
         image(guest),
         memory_bytes=memory_bytes,
@@ -195,6 +206,7 @@ def run(
         mode=mode,
         key_file=key_file,
         pages=ranges,
+        nvdimm=module,
     )
     options = runs.RunOptions(connect=connect, dram=dram, reference=reference, platform=firmware)
     with ExitStack() as telling:

@@ -104,7 +104,9 @@ def test_ram_on_both_sides_of_the_pci_hole(mktme_vm: Vm) -> None:
         (0, 0),
         (4 << 30, 2 << 30),
     ]
-    ranges = guest_ram_ranges(mktme_vm.domain.monitor("info mtree -f"))
+    ranges = guest_ram_ranges(
+        mktme_vm.domain.monitor("info mtree -f"), mktme_vm.config.memory_bytes
+    )
     assert (4 << 30, 6 << 30, 2 << 30) in ranges
     canary = Canary.random()
     canary.plant(mktme_vm.domain.console)

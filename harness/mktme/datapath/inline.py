@@ -182,8 +182,11 @@ class InlineDataPath:
         """As `flush`: what the window holds is all that DRAM can lack."""
         return self.flush()
 
-    def flush(self) -> Iterator[int]:
+    def flush(self, first_page: int = 0) -> Iterator[int]:
         """Encrypt the window into DRAM and keep it: of a paused guest, DRAM is then the RAM.
+
+        Args:
+            first_page: pages before this one are left out.
 
         Yields:
             After each batch: how many of its lines changed. The caller may do other work then.
@@ -193,9 +196,14 @@ class InlineDataPath:
             LinkError, OSError: the VM is gone.
         """
         resident = self._window.resident()
+        resident = resident[resident >= first_page]
         for start in range(0, len(resident), BATCH_PAGES):
             pages = resident[start : start + BATCH_PAGES]
             yield self._write(pages[self._window.contains(pages)])
+
+    def persist(self, first_page: int) -> Iterator[int]:
+        """As `flush`, after QEMU's end: its memory is there still."""
+        return self.flush(first_page)
 
     def line_marks(self, first_page: int, count: int) -> npt.NDArray[np.uint64]:
         """For each page, which of its lines a store was ever seen to (bit i: line i)."""

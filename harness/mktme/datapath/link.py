@@ -276,7 +276,8 @@ class VmLink:
 
     It owns the descriptors; `close` gives all of them back. RAM is only ever read with preadv:
     unlike a mapping this neither allocates a page that the guest gave back nor faults when a
-    hostile QEMU shrinks the file. It is never written: `Userfaultfd` puts pages into it.
+    hostile QEMU shrinks the file. Nor is it written once the VM runs: `Userfaultfd` puts pages
+    into it.
 
     Attributes:
         pagemap: QEMU's ``/proc/PID/pagemap``, if its pages are tracked.
@@ -348,6 +349,16 @@ class VmLink:
                 raise LinkError(f"guest RAM ends at offset {ram_offset + filled:#x}")
             filled += count
 
+    def write(self, ram_offset: int, data: memoryview) -> None:
+        """Write guest RAM, all in one block, of a VM that does not run yet.
+
+        Raises:
+            LinkError, OSError: QEMU does not let it be written.
+        """
+        block, descriptor = self._block_at(ram_offset)
+        if os.pwrite(descriptor, data, ram_offset - block.ram_offset) != len(data):
+            raise LinkError(f"guest RAM at offset {ram_offset:#x} cannot be written")
+
     def read_pages_into(self, pages: npt.NDArray[np.int64], buffer: npt.NDArray[np.uint64]) -> None:
         """As `read_into`, of pages here and there.
 
@@ -378,9 +389,10 @@ class VmLink:
                 position = block_end
         return runs
 
-    def runs_of_data(self) -> list[tuple[int, int]]:
+    def runs_of_data(self, first_page: int = 0) -> list[tuple[int, int]]:
         """Runs of pages [start, stop), ascending, that have memory behind them."""
-        edges = [0, *(page for hole in self.holes(0, self.ram_pages) for page in hole)]
+        holes = self.holes(first_page, self.ram_pages)
+        edges = [first_page, *(page for hole in holes for page in hole)]
         pairs = zip(edges[::2], [*edges[1::2], self.ram_pages], strict=True)
         return [(start, stop) for start, stop in pairs if start < stop]
 

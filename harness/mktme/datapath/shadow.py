@@ -23,7 +23,7 @@ from mktme.datapath.pages import PageTracker
 from mktme.datapath.stores import StoreTracker
 from mktme.engine.controller import BATCH_PAGES, MemoryController
 from mktme.engine.dram import Region
-from mktme.engine.pages import as_lines, pack_masks
+from mktme.engine.pages import as_lines, pack_masks, runs_of_consecutive
 from mktme.engine.xts import LINES_PER_PAGE, PAGE_BYTES
 
 _WORDS_PER_PAGE: Final = PAGE_BYTES // 8
@@ -174,6 +174,39 @@ class ShadowDataPath:
         for _ in range(2):  # the second round takes marks set late: after the page's own scan
             self._collect_marked()
             yield from self.drain()
+
+    def load(self, first_page: int) -> Iterator[None]:
+        """Fill RAM, from a page on, with what DRAM holds of it; before the VM runs.
+
+        Yields:
+            After each batch.
+
+        Raises:
+            IntegrityError: a line does not match its MAC. Nobody could tell the guest.
+            DramError, LinkError, OSError: there is nothing to read from, or to write to.
+        """
+        for first in range(first_page, self._link.ram_pages, BATCH_PAGES):
+            count = min(BATCH_PAGES, self._link.ram_pages - first)
+            plaintext = self._controller.read_pages(
+                self._first_dram_page + first, count, out=self._plaintext[:count]
+            )
+            pages = np.flatnonzero(plaintext.any(axis=1))
+            for start, stop in runs_of_consecutive(pages):
+                part = plaintext[pages[start] : pages[stop - 1] + 1]
+                offset = (first + int(pages[start])) * PAGE_BYTES
+                self._link.write(offset, memoryview(part.data).cast("B"))
+            self._shadowed[pages + first] = True
+            yield
+
+    def persist(self, first_page: int) -> Iterator[int]:
+        """As `flush`, of all RAM from a page on, after QEMU's end: its memory outlives trackers."""
+        for start, stop in self._link.runs_of_data(first_page):
+            self._note_written(start, stop)
+        for start, stop in self._link.holes(first_page, self._link.ram_pages):
+            self._note_hole(start, stop)
+        pending = np.flatnonzero(self._written[first_page:]) + first_page
+        for start in range(0, len(pending), BATCH_PAGES):
+            yield self._encrypt(pending[start : start + BATCH_PAGES])
 
     def renew(self, first_page: int, count: int) -> None:
         """Let the next drain write pages anew: DRAM may not hold them as it should."""

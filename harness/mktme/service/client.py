@@ -127,6 +127,7 @@ class EngineClient:
         datapath: DataPath = DataPath.SHADOW,
         window_bytes: int | None = None,
         policy: Policy = Policy.TWO_QUEUES,
+        nvdimm: wire.NvdimmFile | None = None,
     ) -> wire.VmAdded:
         """Announce a VM; see `wire.AddVm`."""
         request = wire.AddVm(
@@ -140,6 +141,7 @@ class EngineClient:
             datapath=datapath,
             window_bytes=window_bytes,
             policy=policy,
+            nvdimm=nvdimm,
         )
         return self._call(request, wire.VmAdded)
 

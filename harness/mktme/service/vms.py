@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import socket
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -25,12 +25,14 @@ from mktme.engine.dram import (
     ExclusionRecord,
     GuestSegment,
     IntegrityRecord,
+    ModuleRecord,
     PlatformRecord,
     Region,
     Sidecar,
     VmRecord,
     mac_path,
 )
+from mktme.engine.nvdimm import Nvdimm
 from mktme.engine.package import Package
 from mktme.engine.pages import first_line
 from mktme.engine.xts import LINE_BYTES, PAGE_BYTES
@@ -41,7 +43,10 @@ AnyDataPath: TypeAlias = ShadowDataPath | InlineDataPath
 
 @dataclass(slots=True)
 class Vm:
-    """One VM of the platform; `link` and `path` are there while its QEMU is."""
+    """One VM of the platform; `link` and `path` are there while its QEMU is.
+
+    Its region is its RAM, `memory_bytes`, and then its NVDIMM if it has one.
+    """
 
     uuid: UUID
     name: str
@@ -52,6 +57,7 @@ class Vm:
     region: Region
     window_bytes: int = 0
     policy: Policy = Policy.TWO_QUEUES
+    nvdimm: Nvdimm | None = None
     further_keyids: list[int] = field(default_factory=list)
     link: VmLink | None = None
     path: AnyDataPath | None = None
@@ -76,7 +82,7 @@ class Vm:
         )
 
 
-def describe(dram: Dram, package: Package, vms: Iterable[Vm]) -> Sidecar:
+def describe(dram: Dram, package: Package, vms: Collection[Vm]) -> Sidecar:
     """All that it takes, besides the keys, to read the DRAM image as it is now."""
     exclusion = package.tme.exclusion
     keys = package.keys.describe()
@@ -104,6 +110,11 @@ def describe(dram: Dram, package: Package, vms: Iterable[Vm]) -> Sidecar:
         ),
         pages=package.controller.page_ranges(),
         integrity=IntegrityRecord(file=mac_path(dram.path).name) if has_integrity else None,
+        modules=tuple(
+            ModuleRecord(base=one.base, size_bytes=one.size_bytes, file=str(one.path))
+            for one in (vm.nvdimm for vm in vms)
+            if one is not None
+        ),
     )
 
 

@@ -84,6 +84,20 @@ class GetStatus(_Command, frozen=True):
     least_role: ClassVar[Role] = Role.OBSERVER
 
 
+class NvdimmFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An NVDIMM of a VM's.
+
+    Attributes:
+        path: its image, absolute; made if neither it nor its description is there.
+        size_bytes: its size, whole 2 MiB.
+        shared: whether it is under KeyID 0, whose key outlives VMs, and not under the VM's.
+    """
+
+    path: str
+    size_bytes: Annotated[int, msgspec.Meta(gt=0)]
+    shared: bool = False
+
+
 class AddVm(_Command, frozen=True):
     """Announce a VM: program its KeyID and set aside its DRAM; its QEMU may then link.
 
@@ -95,6 +109,7 @@ class AddVm(_Command, frozen=True):
         policy: `inline`: which pages leave a full window.
         mode: how its KeyID is programmed: direct, random or no-encrypt.
         key_file: absolute path of the key, for mode direct only.
+        nvdimm: memory behind its RAM that outlives it.
     """
 
     vm: UUID
@@ -107,6 +122,7 @@ class AddVm(_Command, frozen=True):
     datapath: DataPath = DataPath.SHADOW
     window_bytes: int | None = None
     policy: Policy = Policy.TWO_QUEUES
+    nvdimm: NvdimmFile | None = None
 
 
 class RemoveVm(_Command, frozen=True):

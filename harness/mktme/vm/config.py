@@ -17,12 +17,50 @@ from mktme.engine.xts import PAGE_BYTES, Algorithm
 from mktme.vm.host import UsageError
 from mktme.vm.images import GuestImage
 from mktme.vm.pages import GuestPages
+from mktme.vm.sizes import parse_size
 
 # An instruction and its operands, page tables, and a device's buffers at once, many times over.
 MIN_WINDOW_BYTES: Final = 4 << 20
 MIN_MEMORY_BYTES: Final = 192 << 20  # with less, Linux has too little left for the workload
 # libvirt gives x86 guests their memory in steps of 1 MiB (qemuDomainGetMemorySizeAlignment).
 _MEMORY_STEP_BYTES: Final = 1 << 20
+_NVDIMM_HINT: Final = "write it as FILE:SIZE, such as pmem.img:64M; sizes are whole 2 MiB"
+
+
+@dataclass(frozen=True, slots=True)
+class Nvdimm:
+    """An NVDIMM as asked for: memory that outlives its guest.
+
+    Attributes:
+        path: its image, with a description and MACs beside it; made if it is not there.
+        size_bytes: its size, whole 2 MiB.
+        shared: whether it is under the TME key (KeyID 0) and not under the guest's.
+    """
+
+    path: Path
+    size_bytes: int
+    shared: bool = False
+
+
+def parse_nvdimm(text: str) -> Nvdimm:
+    """An NVDIMM as people write it: FILE:SIZE.
+
+    Raises:
+        UsageError: it is none.
+    """
+    path, _, size = text.rpartition(":")
+    if not path:
+        raise UsageError(f"{text!r} is no NVDIMM", hint=_NVDIMM_HINT)
+    nvdimm = Nvdimm(Path(path), parse_size(size))
+    _check_nvdimm(nvdimm)
+    return nvdimm
+
+
+def _check_nvdimm(nvdimm: Nvdimm) -> None:
+    if nvdimm.size_bytes <= 0 or nvdimm.size_bytes % REGION_ALIGN_BYTES:
+        raise UsageError(
+            f"{nvdimm.size_bytes} bytes of NVDIMM are not whole 2 MiB", hint=_NVDIMM_HINT
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +82,7 @@ class VmConfig:
         pages: ranges of its pages that are under another KeyID than its own.
         check_tlb: have the plugin compare each translation it caches with QEMU's.
         disk: a raw image for it to have as a virtio disk, None for a guest without.
+        nvdimm: memory that outlives it, None for a guest without.
     """
 
     image: GuestImage
@@ -59,6 +98,17 @@ class VmConfig:
     pages: tuple[GuestPages, ...] = ()
     check_tlb: bool = False
     disk: Path | None = None
+    nvdimm: Nvdimm | None = None
+
+    @property
+    def nvdimm_bytes(self) -> int:
+        """Size of its NVDIMM, 0 without one."""
+        return 0 if self.nvdimm is None else self.nvdimm.size_bytes
+
+    @property
+    def all_bytes(self) -> int:
+        """Its RAM and its NVDIMM: what it takes of DRAM."""
+        return self.memory_bytes + self.nvdimm_bytes
 
     @property
     def plain(self) -> bool:
@@ -80,6 +130,10 @@ def check_config(config: VmConfig) -> None:
         pages.ram_offset(config.memory_bytes)
     if config.pages and config.plain:
         raise UsageError("pages of a plain guest have no KeyIDs")
+    if config.nvdimm is not None:
+        if config.plain:
+            raise UsageError("an NVDIMM of a plain guest would not be encrypted")
+        _check_nvdimm(config.nvdimm)
 
 
 def check_data_path(

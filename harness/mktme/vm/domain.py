@@ -26,12 +26,14 @@ from mktme.vm.host import Host
 from mktme.vm.images import GuestImage
 
 _QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
+_GIB: Final = 1 << 30
 _FOUR_GIB: Final = 4 << 30
 _Q35_HOLE_FROM: Final = 0xB000_0000
 _Q35_LOW_BESIDE_HOLE: Final = 0x8000_0000
 # "info mtree -f" prints the flat view of an address space, one range a line.
 _MTREE_RAM: Final = re.compile(
-    r"^\s*([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, ram\): (\S+)(?: @([0-9a-f]{16}))?", re.M
+    r"^\s*([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, (?:nv-)?ram\): (\S+)(?: @([0-9a-f]{16}))?",
+    re.M,
 )
 
 # A machine check that software must recover from (SRAR): "data load", an address that is valid and
@@ -55,6 +57,7 @@ class DomainSpec:
         plugin: the `-plugin` argument, None to run without.
         inline: whether its memory is a window, which bears less than all of it would.
         disk: a raw image for it to have as its first virtio disk, None for a guest without.
+        nvdimm_bytes: size of its NVDIMM, 0 for a guest without.
         console_socket: where QEMU is to listen for the serial console.
     """
 
@@ -68,6 +71,7 @@ class DomainSpec:
     plugin: str | None = None
     inline: bool = False
     disk: Path | None = None
+    nvdimm_bytes: int = 0
 
 
 # All that TCG can do, as an Intel processor with TME (Sapphire Rapids): Linux looks for TME, and
@@ -84,9 +88,34 @@ def ram_below_4g(memory_bytes: int) -> int:
 
 
 def guest_physical(ram_offset: int, memory_bytes: int) -> int:
-    """The guest-physical address of a RAM offset on a q35 machine."""
+    """The guest-physical address of a RAM offset on a q35 machine; an NVDIMM's are behind RAM's."""
+    if ram_offset >= memory_bytes:
+        return nvdimm_address(memory_bytes) + ram_offset - memory_bytes
     low = ram_below_4g(memory_bytes)
     return ram_offset if ram_offset < low else ram_offset - low + _FOUR_GIB
+
+
+def nvdimm_address(memory_bytes: int) -> int:
+    """Where a q35 machine's memory devices begin (QEMU hw/i386/pc.c, pc_memory_init)."""
+    above = memory_bytes - ram_below_4g(memory_bytes)
+    return -(-(_FOUR_GIB + above) // _GIB) * _GIB
+
+
+def _nvdimm(spec: DomainSpec) -> list[str]:
+    """QEMU's options for an NVDIMM.
+
+    libvirt's <memory model='nvdimm'> would have QEMU map a file, with plaintext in it. QEMU joins
+    options that are given again with those that libvirt gives.
+    """
+    backend = {"qom-type": "memory-backend-memfd", "id": "nvdimm0", "share": True}
+    device = {"driver": "nvdimm", "id": "nvdimm", "memdev": "nvdimm0"}
+    address = {"addr": nvdimm_address(spec.memory_bytes)}
+    return [
+        *("-machine", "nvdimm=on"),
+        *("-m", f"slots=1,maxmem={spec.memory_bytes + spec.nvdimm_bytes}b"),
+        *("-object", json.dumps(backend | {"size": spec.nvdimm_bytes})),
+        *("-device", json.dumps(device | address)),
+    ]
 
 
 def domain_xml(spec: DomainSpec) -> str:
@@ -128,6 +157,8 @@ def domain_xml(spec: DomainSpec) -> str:
     values = ["-cpu", _CPU]
     if spec.plugin is not None:
         values += ["-plugin", spec.plugin]
+    if spec.nvdimm_bytes:
+        values += _nvdimm(spec)
     for value in values:
         ET.SubElement(arguments, f"{{{_QEMU_NAMESPACE}}}arg", value=value)
     return ET.tostring(domain, encoding="unicode")
@@ -178,7 +209,8 @@ class Domain:
             flags |= libvirt.VIR_DOMAIN_START_AUTODESTROY
         xml = domain_xml(self.spec)
         if self.spec.plugin is not None:
-            refuse_bypasses(xml, inline=self.spec.inline)
+            nvdimm = self.spec.nvdimm_bytes > 0
+            refuse_bypasses(xml, inline=self.spec.inline, nvdimm=nvdimm)
         try:
             self._domain = self._host.connection.createXML(xml, flags)
         except libvirt.libvirtError as error:
@@ -470,7 +502,7 @@ class Domain:
         Raises:
             VmError: they differ: what the store tracker marks would be other lines.
         """
-        ranges = guest_ram_ranges(self.monitor("info mtree -f"))
+        ranges = guest_ram_ranges(self.monitor("info mtree -f"), self.spec.memory_bytes)
         if not ranges:
             raise VmError("QEMU shows no guest RAM in its memory tree")
         for start, stop, offset in ranges:
@@ -512,12 +544,16 @@ class Domain:
             self._domain.destroy()
 
 
-def guest_ram_ranges(mtree: str) -> list[tuple[int, int, int]]:
-    """Guest RAM in QEMU's ``info mtree -f``: (first address, address after it, RAM offset)."""
+def guest_ram_ranges(mtree: str, memory_bytes: int) -> list[tuple[int, int, int]]:
+    """Guest RAM in QEMU's ``info mtree -f``: (first address, address after it, RAM offset).
+
+    An NVDIMM's offsets follow those of the guest's `memory_bytes`.
+    """
     views = mtree.split("FlatView #")
     system = next((view for view in views if 'AS "memory"' in view), "")
+    starts = {"pc.ram": 0, "nvdimm0": memory_bytes}
     return [
-        (int(start, 16), int(last, 16) + 1, int(offset or "0", 16))
+        (int(start, 16), int(last, 16) + 1, starts[name] + int(offset or "0", 16))
         for start, last, name, offset in _MTREE_RAM.findall(system)
-        if name == "pc.ram"
+        if name in starts
     ]

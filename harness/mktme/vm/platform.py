@@ -41,7 +41,7 @@ from mktme.service.client import EngineClient, EngineGoneError, EngineProcess, S
 from mktme.service.server import CONTROL_SOCKET
 from mktme.vm.config import VmConfig, check_config, with_window
 from mktme.vm.console import VmError
-from mktme.vm.domain import Domain, DomainSpec, guest_physical, ram_below_4g
+from mktme.vm.domain import Domain, DomainSpec, guest_physical, nvdimm_address, ram_below_4g
 from mktme.vm.host import EMULATOR, EnvironmentUnfitError, Host, UsageError, plugin_path
 from mktme.vm.pages import GuestPages, assign_pages
 from mktme.vm.reaper import ENGINE_PID_FILE, process_dir
@@ -235,7 +235,7 @@ class Platform:
             require_fault_handling()
         elif config.track is not None and config.track.pages:
             require_write_tracking()
-        require_memory(config.memory_bytes)
+        require_memory(config.all_bytes)
         one = uuid.uuid4()
         unique = f"mktme-{name}-{one.hex[:8]}"
         with contextlib.ExitStack() as stack:
@@ -253,6 +253,7 @@ class Platform:
                     datapath=config.datapath,
                     window_bytes=config.window_bytes,
                     policy=config.policy,
+                    nvdimm=_nvdimm_file(config),
                 )
                 stack.callback(self._forget, one)
                 for pages in config.pages:
@@ -270,6 +271,7 @@ class Platform:
                 plugin=plugin,
                 inline=config.datapath is DataPath.INLINE,
                 disk=config.disk,
+                nvdimm_bytes=config.nvdimm_bytes,
             )
             transcript = self.run_dir / f"{unique}.log"
             why = functools.partial(self._why_lost, one)
@@ -359,6 +361,9 @@ class Platform:
             "ram-below-4g": str(ram_below_4g(config.memory_bytes)),
             "check-tlb": "on" if config.check_tlb else "off",
         }
+        if config.nvdimm is not None:
+            at = nvdimm_address(config.memory_bytes)
+            options["nvdimm"] = f"{config.nvdimm_bytes}@{at}"
         # QEMU splits options at commas; one that belongs to a value is doubled.
         values = [str(path), *(f"{key}={value}" for key, value in options.items())]
         return ",".join(value.replace(",", ",,") for value in values)
@@ -529,6 +534,14 @@ class Platform:
         else:
             domain.release()
             self._notice(f"{domain.label} goes on: all it wrote is in DRAM")
+
+
+def _nvdimm_file(config: VmConfig) -> wire.NvdimmFile | None:
+    if config.nvdimm is None:
+        return None
+    one = config.nvdimm
+    path = str(one.path.absolute())
+    return wire.NvdimmFile(path=path, size_bytes=one.size_bytes, shared=one.shared)
 
 
 def require_memory(needed_bytes: int) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import uuid
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -15,7 +16,15 @@ import pytest
 from mktme.engine.dram import GuestSegment
 from mktme.vm.bypass import BypassError, refuse_bypasses
 from mktme.vm.console import VmError
-from mktme.vm.domain import Domain, DomainSpec, domain_xml, guest_ram_ranges, ram_below_4g
+from mktme.vm.domain import (
+    Domain,
+    DomainSpec,
+    domain_xml,
+    guest_physical,
+    guest_ram_ranges,
+    nvdimm_address,
+    ram_below_4g,
+)
 from mktme.vm.host import Host
 from mktme.vm.images import GuestImage, Manifest, Package
 
@@ -218,16 +227,50 @@ def test_ram_in_qemus_memory_tree() -> None:
         (0x100000, 0x8000_0000, 0x100000),
         (4 * GIB, 6 * GIB, 2 * GIB),
     ]
-    assert guest_ram_ranges(MTREE_4G) == expected
+    assert guest_ram_ranges(MTREE_4G, 4 * GIB) == expected
     # The monitor's lines end as a terminal's.
-    assert guest_ram_ranges(MTREE_4G.replace("\n", "\r\n")) == expected
+    assert guest_ram_ranges(MTREE_4G.replace("\n", "\r\n"), 4 * GIB) == expected
+
+
+def test_nvdimm_in_qemus_memory_tree_is_behind_all_ram() -> None:
+    device = "  0000000180000000-0000000187ffffff (prio 0, nv-ram): nvdimm0\n\nFlatView #3"
+    found = guest_ram_ranges(MTREE_4G.replace("\nFlatView #3", device), 4 * GIB)
+    assert found[3:] == [(6 * GIB, 6 * GIB + 128 * MIB, 4 * GIB)]
+
+
+@pytest.mark.parametrize(
+    ("memory", "address"),
+    [(512 * MIB, 4 * GIB), (4 * GIB, 6 * GIB), (4 * GIB + MIB, 7 * GIB)],
+)
+def test_nvdimm_is_where_memory_devices_begin(memory: int, address: int) -> None:
+    """QEMU 10.0 with these sizes, "info mtree -f"."""
+    assert nvdimm_address(memory) == address
+    assert guest_physical(memory + 4096, memory) == address + 4096
+
+
+def test_nvdimm_is_a_memfd_and_no_file() -> None:
+    spec = dataclasses.replace(SPEC, nvdimm_bytes=64 * MIB)
+    domain = parsed(spec)
+    options = [one.get("value", "") for one in domain.findall(f"{QEMU}commandline/{QEMU}arg")]
+    backend = json.loads(options[options.index("-object") + 1])
+    assert (backend["qom-type"], backend["share"], backend["size"]) == (
+        "memory-backend-memfd",
+        True,
+        64 * MIB,
+    )
+    device = json.loads(options[options.index("-device") + 1])
+    assert (device["memdev"], device["addr"]) == (backend["id"], 4 * GIB)
+    assert f"slots=1,maxmem={576 * MIB}b" in options
+    refuse_bypasses(domain, inline=True, nvdimm=True)
+    with pytest.raises(BypassError, match="nvdimm"):
+        refuse_bypasses(domain, inline=False)
 
 
 def test_ram_is_that_of_the_system_address_space() -> None:
-    assert guest_ram_ranges(MTREE_4G.replace('AS "memory"', 'AS "other"')) == []
-    assert guest_ram_ranges("") == []
+    assert guest_ram_ranges(MTREE_4G.replace('AS "memory"', 'AS "other"'), 4 * GIB) == []
+    assert guest_ram_ranges("", 4 * GIB) == []
     other = MTREE_4G.replace(": pc.ram", ": vga.vram")
-    assert guest_ram_ranges(other) == []
+    assert guest_ram_ranges(other, 4 * GIB) == []
 
 
 class Monitored(Domain):
