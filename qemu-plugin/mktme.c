@@ -3,7 +3,7 @@
  * The QEMU plugin: finds the guest's RAM, hands it to the engine, and tells the engine where vCPUs
  * store. Its arguments (parse_arguments) are
  *     socket=PATH,vm=UUID,track=stores+pages[,datapath=inline][,ram-below-4g=BYTES]
- *     [,nvdimm=BYTES@ADDRESS][,check-tlb=on]
+ *     [,module=BYTES@ADDRESS]...[,check-tlb=on]
  *
  * What vCPUs store is seen here, line by line. What else writes to RAM is not: devices, firmware
  * loading, exception frames, page-table accessed and dirty bits, and the instructions that QEMU
@@ -275,12 +275,16 @@ static bool parse_ram_below_4g(const char *text)
 	return parse_pages(text, '\0', UINT32_MAX, &options.ram_below_4g_bytes, &text);
 }
 
-static bool parse_nvdimm(const char *text)
+static bool parse_module(const char *text)
 {
 	const uint64_t most = UINT64_C(1) << 51; /* The sum is an address of 52 bits at most. */
+	struct mktme_hello_segment *module = &options.modules[options.module_count];
 
-	return parse_pages(text, '@', most, &options.nvdimm_bytes, &text) &&
-	       parse_pages(text + 1, '\0', most, &options.nvdimm_at, &text);
+	if (options.module_count == MKTME_MAX_MODULES)
+		return false;
+	options.module_count++;
+	return parse_pages(text, '@', most, &module->size_bytes, &text) &&
+	       parse_pages(text + 1, '\0', most, &module->guest_physical, &text);
 }
 
 static bool parse_check_tlb(const char *text)
@@ -304,8 +308,9 @@ static int parse_arguments(int argc, char **argv)
 	        {"datapath=", parse_datapath, "shadow or inline", false},
 	        {"ram-below-4g=", parse_ram_below_4g,
 		 "the bytes of RAM below the PCI hole, in decimal and whole pages", false},
-	        {"nvdimm=", parse_nvdimm,
-		 "BYTES@ADDRESS of the NVDIMM, in decimal and whole pages", false},
+	        {"module=", parse_module,
+		 "BYTES@ADDRESS of an NVDIMM or a DIMM, in decimal and whole pages, up to 8 times",
+		 false},
 	        {"check-tlb=", parse_check_tlb, "on or off", false},
 	};
 	const size_t known = sizeof(arguments) / sizeof(arguments[0]);

@@ -204,28 +204,35 @@ static size_t lay_out_ram(const struct mktme_link_options *options, uint64_t ram
 }
 
 /*
- * Where all blocks, ALL_BYTES of them, are in guest-physical space. The NVDIMM's is the last, as
- * its -object has to be.
+ * Where all blocks are in guest-physical space. Those of the modules are the last, as their -object
+ * have to be, and are there before anything is plugged in: QEMU tells nobody of a new RAM block.
  */
-static size_t lay_out(const struct mktme_link_options *options, const struct ram_block *last,
-                      uint64_t all_bytes, struct mktme_hello_segment ret[3])
+static size_t lay_out(const struct mktme_link_options *options, const struct ram_block *blocks,
+                      size_t block_count, struct mktme_hello_segment ret[2 + MKTME_MAX_MODULES])
 {
-	const uint64_t ram_bytes = all_bytes - options->nvdimm_bytes;
+	uint64_t ram_bytes = 0;
 	size_t count;
 
-	if (options->nvdimm_bytes == 0)
-		return lay_out_ram(options, all_bytes, ret);
-	if (last->size_bytes != options->nvdimm_bytes || ram_bytes == 0)
-		mktme_fatal("the last RAM block has %" PRIu64 " bytes, and nvdimm=%" PRIu64
-		            "@... says that it is the NVDIMM",
-		            last->size_bytes, options->nvdimm_bytes);
+	if (block_count <= options->module_count)
+		mktme_fatal("%zu RAM blocks are too few for RAM and %zu modules", block_count,
+		            options->module_count);
+	block_count -= options->module_count;
+	for (size_t i = 0; i < block_count; i++)
+		ram_bytes += blocks[i].size_bytes;
 	count = lay_out_ram(options, ram_bytes, ret);
-	ret[count] = (struct mktme_hello_segment){
-	        .guest_physical = options->nvdimm_at,
-	        .ram_offset = ram_bytes,
-	        .size_bytes = options->nvdimm_bytes,
-	};
-	return count + 1;
+	for (size_t i = 0; i < options->module_count; i++) {
+		const struct ram_block *block = &blocks[block_count + i];
+		struct mktme_hello_segment module = options->modules[i];
+
+		if (block->size_bytes != module.size_bytes)
+			mktme_fatal("a RAM block has %" PRIu64
+			            " bytes where module= has one of %" PRIu64,
+			            block->size_bytes, module.size_bytes);
+		module.ram_offset = ram_bytes;
+		ram_bytes += module.size_bytes;
+		ret[count++] = module;
+	}
+	return count;
 }
 
 static int open_pagemap(void)
@@ -379,8 +386,7 @@ void mktme_ram_link_init(const struct mktme_link_options *options, struct mktme_
 	}
 	tail = mempcpy(tail, hello_blocks, block_count * sizeof(hello_blocks[0]));
 
-	ret->segment_count =
-	        lay_out(options, &blocks[block_count - 1], ram_bytes, ret->segments);
+	ret->segment_count = lay_out(options, blocks, block_count, ret->segments);
 	hello->segment_count = (uint16_t)ret->segment_count;
 	tail = mempcpy(tail, ret->segments, ret->segment_count * sizeof(ret->segments[0]));
 	hello->total_bytes = (uint32_t)(tail - (uint8_t *)&message);

@@ -104,9 +104,7 @@ def test_ram_on_both_sides_of_the_pci_hole(mktme_vm: Vm) -> None:
         (0, 0),
         (4 << 30, 2 << 30),
     ]
-    ranges = guest_ram_ranges(
-        mktme_vm.domain.monitor("info mtree -f"), mktme_vm.config.memory_bytes
-    )
+    ranges = guest_ram_ranges(mktme_vm.domain.monitor("info mtree -f"))
     assert (4 << 30, 6 << 30, 2 << 30) in ranges
     canary = Canary.random()
     canary.plant(mktme_vm.domain.console)

@@ -389,10 +389,9 @@ class VmLink:
                 position = block_end
         return runs
 
-    def runs_of_data(self, first_page: int = 0) -> list[tuple[int, int]]:
+    def runs_of_data(self) -> list[tuple[int, int]]:
         """Runs of pages [start, stop), ascending, that have memory behind them."""
-        holes = self.holes(first_page, self.ram_pages)
-        edges = [first_page, *(page for hole in holes for page in hole)]
+        edges = [0, *(page for hole in self.holes(0, self.ram_pages) for page in hole)]
         pairs = zip(edges[::2], [*edges[1::2], self.ram_pages], strict=True)
         return [(start, stop) for start, stop in pairs if start < stop]
 

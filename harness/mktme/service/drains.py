@@ -18,7 +18,6 @@ from typing import Final
 
 from mktme.datapath.link import LinkError
 from mktme.engine.errors import DramFullError, MktmeError
-from mktme.engine.xts import PAGE_BYTES
 from mktme.service import wire
 from mktme.service.vms import AnyDataPath, Vm
 
@@ -89,8 +88,7 @@ class Drains:
             await asyncio.to_thread(_await_end, link.qemu_pid)
             try:
                 if vm.fault is None or vm.full:
-                    first_page = vm.memory_bytes // PAGE_BYTES
-                    await self.run(vm, lambda path: path.persist(first_page))
+                    await self.run(vm, lambda path: path.persist(*vm.nvdimm_pages))
                     nvdimm.set_clean(True)
             except (MktmeError, OSError) as error:
                 log.error("VM %s: its NVDIMM lacks what it wrote last: %s", vm.name, error)

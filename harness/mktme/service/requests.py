@@ -95,6 +95,8 @@ class Requests:
                     await self._keyids.assign(self._vm(request.vm), request)
             case wire.ReleasePage():
                 self._release(request)
+            case wire.DiscardMemory():
+                await self._discard(request)
             case wire.PowerPlatform(event=event):
                 async with self._keyids.lock:
                     for one in tuple(self.vms.values()):
@@ -121,6 +123,8 @@ class Requests:
             raise MktmeError("a VM's name is printable text")
         if request.memory_bytes <= 0 or request.memory_bytes % PAGE_BYTES:
             raise AddressError("memory is not whole pages", address=request.memory_bytes)
+        if request.dimm_bytes % PAGE_BYTES:
+            raise AddressError("DIMMs are not whole pages", address=request.dimm_bytes)
         _check_data_path(request)
         with ExitStack() as undo:
             nvdimm = self._known_nvdimm(request.nvdimm)
@@ -154,6 +158,7 @@ class Requests:
             window_bytes=request.window_bytes or 0,
             policy=request.policy,
             nvdimm=nvdimm,
+            dimm_bytes=request.dimm_bytes,
         )
         return wire.VmAdded(keyid=keyid, base=region.base)
 
@@ -180,9 +185,9 @@ class Requests:
 
     def _allocate(self, request: wire.AddVm, nvdimm: Nvdimm | None) -> Region:
         """Set aside a VM's RAM, and right behind it its NVDIMM, which lies where it always did."""
-        if request.nvdimm is None:
-            return self.dram.allocate(request.memory_bytes)
-        size_bytes = request.memory_bytes + request.nvdimm.size_bytes
+        size_bytes = request.memory_bytes + request.dimm_bytes
+        if request.nvdimm is not None:
+            size_bytes += request.nvdimm.size_bytes
         if nvdimm is None:
             return self.dram.allocate(size_bytes)
         base = nvdimm.base - request.memory_bytes
@@ -190,7 +195,7 @@ class Requests:
             raise AddressError(
                 f"{nvdimm.path} lies at {nvdimm.base:#x} of DRAM, and of"
                 f" {self.dram.size_bytes} bytes of it there are not {request.memory_bytes}"
-                f" below and {nvdimm.size_bytes} above",
+                f" below and {size_bytes - request.memory_bytes} above",
                 address=nvdimm.base,
                 hint="give the guest the memory that it had, or make DRAM larger",
             )
@@ -214,6 +219,18 @@ class Requests:
         if not isinstance(vm.path, InlineDataPath):
             raise MktmeError(f"VM {vm.name} has no window")
         vm.path.release(request.ram_offset // PAGE_BYTES)
+
+    async def _discard(self, request: wire.DiscardMemory) -> None:
+        vm, offset, size = self._vm(request.vm), request.ram_offset, request.size_bytes
+        first = vm.region.size_bytes - vm.dimm_bytes
+        if offset < first or size <= 0 or offset + size > vm.region.size_bytes:
+            raise AddressError("no memory that could be unplugged", address=offset)
+        if offset % PAGE_BYTES or size % PAGE_BYTES:
+            raise AddressError("what is unplugged is whole pages", address=offset)
+        async with vm.lock:
+            if vm.path is None:
+                raise MktmeError(f"VM {vm.name} is not linked")
+            vm.path.discard(offset // PAGE_BYTES, size // PAGE_BYTES)
 
     def _power(self, event: PowerEvent) -> None:
         for vm in tuple(self.vms.values()):

@@ -368,6 +368,7 @@ class EngineServer:
             raise LinkError(f"VM {hello.vm_uuid} is another by now")
         # Had it been linked before, DRAM would hold old memory where this one's is untouched.
         self._requests.dram.erase(Region(vm.region.base, vm.memory_bytes))
+        self._requests.dram.erase(Region(vm.region.end - vm.dimm_bytes, vm.dimm_bytes))
         path = self._data_path(vm, link)
         if vm.nvdimm is not None:
             await self._power_on_nvdimm(vm, hello, link, path)
@@ -380,13 +381,13 @@ class EngineServer:
         self, vm: Vm, hello: ram_link.Hello, link: VmLink, path: AnyDataPath
     ) -> None:
         """Give a VM that is about to be linked what its NVDIMM holds."""
-        first_page = vm.memory_bytes // PAGE_BYTES
+        first_page, count = vm.nvdimm_pages
         if all(block.ram_offset != vm.memory_bytes for block in hello.blocks):
             raise LinkError(f"VM {vm.name} has no RAM block that is its NVDIMM")
-        if link.holes(first_page, link.ram_pages) != [(first_page, link.ram_pages)]:
+        if link.holes(first_page, first_page + count) != [(first_page, first_page + count)]:
             raise LinkError(f"VM {vm.name}: its NVDIMM has contents before the engine gave it any")
         if isinstance(path, ShadowDataPath):
-            for _ in path.load(first_page):
+            for _ in path.load(first_page, count):
                 await asyncio.sleep(0)
                 # Its place in DRAM may be another's by now, which it must not read.
                 if self._expected(hello) is not vm:

@@ -45,7 +45,8 @@ AnyDataPath: TypeAlias = ShadowDataPath | InlineDataPath
 class Vm:
     """One VM of the platform; `link` and `path` are there while its QEMU is.
 
-    Its region is its RAM, `memory_bytes`, and then its NVDIMM if it has one.
+    Its region is its RAM, `memory_bytes`, then its NVDIMM if it has one, then `dimm_bytes` for what
+    can be plugged in.
     """
 
     uuid: UUID
@@ -58,6 +59,7 @@ class Vm:
     window_bytes: int = 0
     policy: Policy = Policy.TWO_QUEUES
     nvdimm: Nvdimm | None = None
+    dimm_bytes: int = 0
     further_keyids: list[int] = field(default_factory=list)
     link: VmLink | None = None
     path: AnyDataPath | None = None
@@ -68,6 +70,12 @@ class Vm:
     drain_s: float = 0.0
     full: bool = False
     fault: str | None = None
+
+    @property
+    def nvdimm_pages(self) -> tuple[int, int]:
+        """Its NVDIMM's first page and how many there are, in RAM offsets."""
+        size_bytes = 0 if self.nvdimm is None else self.nvdimm.size_bytes
+        return self.memory_bytes // PAGE_BYTES, size_bytes // PAGE_BYTES
 
     def poisoned(self, poison: Poison) -> wire.PagePoisoned:
         """What control clients are told of a page whose integrity check failed."""

@@ -110,6 +110,7 @@ class AddVm(_Command, frozen=True):
         mode: how its KeyID is programmed: direct, random or no-encrypt.
         key_file: absolute path of the key, for mode direct only.
         nvdimm: memory behind its RAM that outlives it.
+        dimm_bytes: memory behind all that, for what is plugged in while it runs; whole pages.
     """
 
     vm: UUID
@@ -123,6 +124,7 @@ class AddVm(_Command, frozen=True):
     window_bytes: int | None = None
     policy: Policy = Policy.TWO_QUEUES
     nvdimm: NvdimmFile | None = None
+    dimm_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class RemoveVm(_Command, frozen=True):
@@ -281,6 +283,19 @@ class ReleasePage(_Command, frozen=True):
     ram_offset: int
 
 
+class DiscardMemory(_Command, frozen=True):
+    """Forget what a DIMM held that was unplugged: whoever plugs it in again finds zeros.
+
+    Attributes:
+        ram_offset: of the first byte, a multiple of 4096, behind RAM and NVDIMM.
+        size_bytes: how much, a multiple of 4096.
+    """
+
+    vm: UUID
+    ram_offset: int
+    size_bytes: int
+
+
 class PowerPlatform(_Command, frozen=True):
     """Let a power event happen: every VM ends, and firmware sets the platform up again."""
 
@@ -304,6 +319,7 @@ Command: TypeAlias = (
     | ClearKey
     | AssignPages
     | ReleasePage
+    | DiscardMemory
     | PowerPlatform
 )
 Request: TypeAlias = Hello | Command

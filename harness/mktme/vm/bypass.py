@@ -12,9 +12,8 @@ system calls that copy, and so the kernel's own vhost. These do not come that wa
   pages behind that the kernel's write tracking had not reported; of 30 buffered ones none did;
 - memory that is no shared memfd, which the plugin does not find (``qemu-plugin/ram_link.c``).
 
-Memory devices are refused but for one NVDIMM that the engine was told of, whose place in DRAM is
-right behind the guest's RAM: an NVDIMM of libvirt's own (<memory model='nvdimm'>) is a file with
-the guest's plaintext, and memory that is plugged in later comes after the plugin has looked.
+Memory devices are refused but for those that the engine was told of: an NVDIMM of libvirt's own is
+a file with the guest's plaintext, and its DIMMs bring memory that comes after the plugin has looked.
 
 Huge and preallocated pages are all the same to `shadow`, while `inline` needs an empty window and
 pages of 4 KiB.
@@ -40,7 +39,7 @@ _ANOTHER_PROCESS: Final = "it gives guest RAM to another process"
 _A_DEVICE: Final = "it gives guest RAM to a device of the host"
 _PINNED: Final = "the host transfers data to and from pinned guest pages"
 _NOT_FOUND: Final = "guest RAM has to be a shared memfd"
-_ADDED: Final = "the engine has no place in DRAM for memory beside the guest's RAM"
+_ADDED: Final = "the engine has no place in DRAM for memory that it was not told of"
 _AT_REST: Final = "the engine does not know of it: its contents would be plaintext, or lost"
 _FROM_THE_START: Final = "all of guest RAM would be in memory before there is a window"
 _HUGE: Final = "a window takes pages of 4 KiB"
@@ -52,7 +51,9 @@ _USE_FILE: Final = "use <disk type='file'> or 'block' with device='disk' and the
 _USE_CACHE: Final = "leave out cache= and io=, or use cache='writeback' and io='threads'"
 _USE_MEMFD: Final = "use <memoryBacking><source type='memfd'/><access mode='shared'/>"
 _USE_NVDIMM: Final = "use --nvdimm FILE:SIZE, whose file is ciphertext"
-_USE_MEMORY: Final = "give the guest all of its memory as RAM: <memory>"
+_USE_MEMORY: Final = (
+    "give the guest its memory as RAM, <memory>, or what can be plugged in as dimms="
+)
 _OR_SHADOW: Final = "leave it out, or use the shadow data path"
 
 _COPIED: Final = ("usb", "scsi")

@@ -14,6 +14,7 @@ from mktme.datapath.window import Policy
 from mktme.engine.dram import REGION_ALIGN_BYTES
 from mktme.engine.keys import KeyMode
 from mktme.engine.xts import PAGE_BYTES, Algorithm
+from mktme.vm.domain import DIMM_STEP_BYTES
 from mktme.vm.host import UsageError
 from mktme.vm.images import GuestImage
 from mktme.vm.pages import GuestPages
@@ -24,6 +25,7 @@ MIN_WINDOW_BYTES: Final = 4 << 20
 MIN_MEMORY_BYTES: Final = 192 << 20  # with less, Linux has too little left for the workload
 # libvirt gives x86 guests their memory in steps of 1 MiB (qemuDomainGetMemorySizeAlignment).
 _MEMORY_STEP_BYTES: Final = 1 << 20
+MAX_DIMMS: Final = 7  # with an NVDIMM, the plugin's MKTME_MAX_MODULES
 _NVDIMM_HINT: Final = "write it as FILE:SIZE, such as pmem.img:64M; sizes are whole 2 MiB"
 
 
@@ -83,6 +85,7 @@ class VmConfig:
         check_tlb: have the plugin compare each translation it caches with QEMU's.
         disk: a raw image for it to have as a virtio disk, None for a guest without.
         nvdimm: memory that outlives it, None for a guest without.
+        dimms: sizes of memory that can be plugged in while it runs (`Vm.plug_in`).
     """
 
     image: GuestImage
@@ -99,6 +102,7 @@ class VmConfig:
     check_tlb: bool = False
     disk: Path | None = None
     nvdimm: Nvdimm | None = None
+    dimms: tuple[int, ...] = ()
 
     @property
     def nvdimm_bytes(self) -> int:
@@ -107,8 +111,8 @@ class VmConfig:
 
     @property
     def all_bytes(self) -> int:
-        """Its RAM and its NVDIMM: what it takes of DRAM."""
-        return self.memory_bytes + self.nvdimm_bytes
+        """Its RAM, NVDIMM and DIMMs, plugged in or not: what it takes of DRAM."""
+        return self.memory_bytes + self.nvdimm_bytes + sum(self.dimms)
 
     @property
     def plain(self) -> bool:
@@ -134,6 +138,14 @@ def check_config(config: VmConfig) -> None:
         if config.plain:
             raise UsageError("an NVDIMM of a plain guest would not be encrypted")
         _check_nvdimm(config.nvdimm)
+    if any(size <= 0 or size % DIMM_STEP_BYTES for size in config.dimms):
+        raise UsageError(
+            "a DIMM is whole 128 MiB: Linux takes no less", hint="give multiples of 128M"
+        )
+    if len(config.dimms) > MAX_DIMMS:
+        raise UsageError(f"at most {MAX_DIMMS} DIMMs can be plugged in")
+    if config.dimms and config.plain:
+        raise UsageError("DIMMs are for guests with an engine")
 
 
 def check_data_path(

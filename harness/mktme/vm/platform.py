@@ -41,7 +41,7 @@ from mktme.service.client import EngineClient, EngineGoneError, EngineProcess, S
 from mktme.service.server import CONTROL_SOCKET
 from mktme.vm.config import VmConfig, check_config, with_window
 from mktme.vm.console import VmError
-from mktme.vm.domain import Domain, DomainSpec, guest_physical, nvdimm_address, ram_below_4g
+from mktme.vm.domain import Domain, DomainSpec, modules_of, ram_below_4g
 from mktme.vm.host import EMULATOR, EnvironmentUnfitError, Host, UsageError, plugin_path
 from mktme.vm.pages import GuestPages, assign_pages
 from mktme.vm.reaper import ENGINE_PID_FILE, process_dir
@@ -104,6 +104,25 @@ class Vm:
             engine, self.uuid, pages, self.config.memory_bytes, self.config.algorithm
         )
         return self.keyid if keyid is None else keyid
+
+    def plug_in(self, dimm: int) -> None:
+        """Plug one of its DIMMs in, by its place in the configuration.
+
+        Raises:
+            VmError: QEMU refuses, or has it elsewhere than the engine expects it.
+        """
+        self.domain.plug_in(dimm)
+        self.domain.check_guest_map(self.status().segments)
+
+    def unplug(self, dimm: int, timeout_s: float) -> None:
+        """Have the guest give one of its DIMMs back, and DRAM forget it.
+
+        Raises:
+            VmError: the guest has not given it back in time.
+        """
+        module = self.domain.unplug(dimm, timeout_s)
+        engine = self.require_engine()
+        engine.discard_memory(self.uuid, module.ram_offset, module.size_bytes)
 
     def status(self) -> wire.VmStatus:
         """The engine's view of this VM."""
@@ -254,6 +273,7 @@ class Platform:
                     window_bytes=config.window_bytes,
                     policy=config.policy,
                     nvdimm=_nvdimm_file(config),
+                    dimm_bytes=sum(config.dimms),
                 )
                 stack.callback(self._forget, one)
                 for pages in config.pages:
@@ -272,6 +292,7 @@ class Platform:
                 inline=config.datapath is DataPath.INLINE,
                 disk=config.disk,
                 nvdimm_bytes=config.nvdimm_bytes,
+                dimms=config.dimms,
             )
             transcript = self.run_dir / f"{unique}.log"
             why = functools.partial(self._why_lost, one)
@@ -361,11 +382,10 @@ class Platform:
             "ram-below-4g": str(ram_below_4g(config.memory_bytes)),
             "check-tlb": "on" if config.check_tlb else "off",
         }
-        if config.nvdimm is not None:
-            at = nvdimm_address(config.memory_bytes)
-            options["nvdimm"] = f"{config.nvdimm_bytes}@{at}"
         # QEMU splits options at commas; one that belongs to a value is doubled.
         values = [str(path), *(f"{key}={value}" for key, value in options.items())]
+        modules = modules_of(config.memory_bytes, config.nvdimm_bytes, config.dimms)
+        values += [f"module={one.size_bytes}@{one.guest_physical}" for one in modules]
         return ",".join(value.replace(",", ",,") for value in values)
 
     def _wait_linked(self, one: uuid.UUID, domain: Domain) -> None:
@@ -511,7 +531,7 @@ class Platform:
         if domain is None:
             return  # it is gone, or never was: who waits for the page waits
         line = first_line(event.lines)
-        address = guest_physical(event.ram_offset, domain.spec.memory_bytes) + line * LINE_BYTES
+        address = domain.guest_physical(event.ram_offset) + line * LINE_BYTES
         self._notice(
             f"{domain.label}: memory at {address:#x} (KeyID {event.keyid}) is not what was written"
             f" there ({event.kind.value}): machine check"

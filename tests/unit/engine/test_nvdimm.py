@@ -64,7 +64,6 @@ def test_range_of_dram_is_in_the_module(dram: Dram, path: Path) -> None:
 def test_macs_of_the_range_are_beside_the_module(dram: Dram, path: Path) -> None:
     nvdimm = Nvdimm.create(path, 2 * MIB, 3 * MIB, Algorithm.AES_XTS_128_INTEGRITY)
     dram.attach(nvdimm.base, nvdimm.cells)
-    assert not dram.has_macs
     entries = np.arange(1, 4 * PAGE_BYTES // 64 + 1, dtype=np.uint32)
     dram.write_macs(3 * MIB - 2 * PAGE_BYTES, entries.data)
     assert dram.has_macs
@@ -168,13 +167,18 @@ def make_pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
+def resize(path: Path, size_bytes: int) -> None:
+    os.truncate(path, size_bytes)
+    os.truncate(mac_path(path), size_bytes // 16)
+
+
 SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no description": (lambda path: sidecar_path(path).unlink(), "cannot read the sidecar"),
     "no image": (lambda path: path.unlink(), "No such file"),
     "no macs": (lambda path: mac_path(path).unlink(), "No such file"),
     "cut short": (lambda path: os.truncate(path, MIB), "are not the MACs of"),
     "of another size": (
-        lambda path: (os.truncate(path, 4 * MIB), os.truncate(mac_path(path), 4 * MIB // 16)),
+        lambda path: resize(path, 4 * MIB),
         "of 2097152 bytes in an image of 4194304",
     ),
     "a DRAM's description": (

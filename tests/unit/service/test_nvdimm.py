@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""NVDIMMs of a real engine: what is in one at the end of its VM is there for the next.
+"""NVDIMMs and DIMMs of a real engine: what is in an NVDIMM at its VM's end is there for the next.
 
 The fake QEMU's process does not end, so at each link's end the engine waits in vain for that.
 """
@@ -276,4 +276,48 @@ def test_hello_without_it_is_refused(engine: EngineProcess, path: Path) -> None:
 def test_contents_of_its_own_are_refused(engine: EngineProcess, path: Path) -> None:
     """They would go into the image, over what it holds."""
     assert "has contents" in refused(engine, path, RAM_PAGES, SIZE // PAGE, fill=True)
+    assert is_clean(path)
+
+
+# --- DIMMs ------------------------------------------------------------------------------------
+
+
+@data_paths
+def test_unplugged_memory_is_forgotten(
+    engine: EngineProcess, path: Path, datapath: DataPath, fault_handling: None
+) -> None:
+    client, dimm = engine.client, RAM + SIZE
+    with FakeQemu(
+        (RAM_PAGES, SIZE // PAGE, RAM_PAGES),
+        segments=((0, 0, RAM), (1 << 32, RAM, SIZE + RAM)),
+        track=Track.PAGES,
+        faults=datapath is DataPath.INLINE,
+    ) as qemu:
+        added = add(engine, qemu, path, datapath=datapath, dimm_bytes=RAM)
+        qemu.link(Path(client.welcome.link_socket))
+        qemu.dma(RAM, DATA)
+        qemu.dma(dimm, DATA)
+        qemu.dma(dimm + RAM - PAGE, DATA[:PAGE])
+        client.flush(qemu.vm)
+        assert client.read(qemu.vm, dimm, len(DATA)) == DATA
+        client.discard_memory(qemu.vm, dimm, RAM)
+        assert not any(client.read(qemu.vm, dimm, RAM))
+        assert not any(qemu.contents()[dimm:])
+        with open(client.welcome.dram_path, "rb") as dram:
+            assert not any(os.pread(dram.fileno(), RAM, added.base + dimm))
+
+        qemu.dma(dimm + PAGE, DATA[:PAGE])  # it is plugged in again
+        client.flush(qemu.vm)
+        assert client.read(qemu.vm, dimm, 3 * PAGE) == bytes(PAGE) + DATA[:PAGE] + bytes(PAGE)
+        assert client.read(qemu.vm, RAM, len(DATA)) == DATA
+
+        for offset, size in ((0, PAGE), (RAM, SIZE), (dimm - PAGE, 2 * PAGE), (dimm, RAM + PAGE)):
+            with pytest.raises(EngineRefusedError, match="no memory that could be unplugged"):
+                client.discard_memory(qemu.vm, offset, size)
+        for offset, size in ((dimm + 1, PAGE), (dimm, 100)):
+            with pytest.raises(EngineRefusedError, match="whole pages"):
+                client.discard_memory(qemu.vm, offset, size)
+        if datapath is DataPath.INLINE:
+            qemu.let_go()
+        client.remove_vm(qemu.vm)
     assert is_clean(path)

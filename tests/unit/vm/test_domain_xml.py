@@ -7,6 +7,7 @@ import dataclasses
 import json
 import uuid
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -20,9 +21,8 @@ from mktme.vm.domain import (
     Domain,
     DomainSpec,
     domain_xml,
-    guest_physical,
     guest_ram_ranges,
-    nvdimm_address,
+    modules_of,
     ram_below_4g,
 )
 from mktme.vm.host import Host
@@ -227,50 +227,76 @@ def test_ram_in_qemus_memory_tree() -> None:
         (0x100000, 0x8000_0000, 0x100000),
         (4 * GIB, 6 * GIB, 2 * GIB),
     ]
-    assert guest_ram_ranges(MTREE_4G, 4 * GIB) == expected
+    assert guest_ram_ranges(MTREE_4G) == expected
     # The monitor's lines end as a terminal's.
-    assert guest_ram_ranges(MTREE_4G.replace("\n", "\r\n"), 4 * GIB) == expected
+    assert guest_ram_ranges(MTREE_4G.replace("\n", "\r\n")) == expected
 
 
-def test_nvdimm_in_qemus_memory_tree_is_behind_all_ram() -> None:
-    device = "  0000000180000000-0000000187ffffff (prio 0, nv-ram): nvdimm0\n\nFlatView #3"
-    found = guest_ram_ranges(MTREE_4G.replace("\nFlatView #3", device), 4 * GIB)
-    assert found[3:] == [(6 * GIB, 6 * GIB + 128 * MIB, 4 * GIB)]
+def test_modules_in_qemus_memory_tree_are_behind_all_ram() -> None:
+    modules = modules_of(4 * GIB, 128 * MIB, (256 * MIB,))
+    tree = MTREE_4G.replace(
+        "\nFlatView #3",
+        "  0000000180000000-0000000187ffffff (prio 0, nv-ram): nvdimm0\n"
+        "  0000000188000000-0000000197ffffff (prio 0, ram): dimm0\n\nFlatView #3",
+    )
+    assert guest_ram_ranges(tree, modules)[3:] == [
+        (6 * GIB, 6 * GIB + 128 * MIB, 4 * GIB),
+        (6 * GIB + 128 * MIB, 6 * GIB + 384 * MIB, 4 * GIB + 128 * MIB),
+    ]
 
 
 @pytest.mark.parametrize(
     ("memory", "address"),
     [(512 * MIB, 4 * GIB), (4 * GIB, 6 * GIB), (4 * GIB + MIB, 7 * GIB)],
 )
-def test_nvdimm_is_where_memory_devices_begin(memory: int, address: int) -> None:
+def test_modules_are_where_qemus_memory_devices_begin(memory: int, address: int) -> None:
     """QEMU 10.0 with these sizes, "info mtree -f"."""
-    assert nvdimm_address(memory) == address
-    assert guest_physical(memory + 4096, memory) == address + 4096
+    nvdimm, first, second = modules_of(memory, 2 * MIB, (128 * MIB, 256 * MIB))
+    assert (nvdimm.guest_physical, nvdimm.ram_offset) == (address, memory)
+    assert (first.guest_physical, first.ram_offset) == (address + 128 * MIB, memory + 2 * MIB)
+    assert second.guest_physical == address + 256 * MIB
+    assert second.ram_offset == memory + 130 * MIB
+    assert modules_of(memory, 0, (128 * MIB,))[0].guest_physical == address
+    assert modules_of(memory, 0, ()) == []
 
 
-def test_nvdimm_is_a_memfd_and_no_file() -> None:
-    spec = dataclasses.replace(SPEC, nvdimm_bytes=64 * MIB)
-    domain = parsed(spec)
+def test_each_offset_has_its_address(tmp_path: Path) -> None:
+    spec = dataclasses.replace(SPEC, nvdimm_bytes=2 * MIB, dimms=(128 * MIB,))
+    host = cast("Host", SimpleNamespace(qemu_log=lambda _name: ""))
+    domain = Domain(host, spec, tmp_path / "log", "alice")
+    assert domain.guest_physical(4096) == 4096
+    assert domain.guest_physical(513 * MIB) == 4 * GIB + MIB
+    assert domain.guest_physical(514 * MIB) == 4 * GIB + 128 * MIB
+    for index in (-1, 1):
+        with pytest.raises(VmError, match="has 1 DIMMs"):
+            domain.plug_in(index)
+
+
+def test_modules_are_memfds_and_no_files() -> None:
+    domain = parsed(dataclasses.replace(SPEC, nvdimm_bytes=64 * MIB, dimms=(128 * MIB,)))
     options = [one.get("value", "") for one in domain.findall(f"{QEMU}commandline/{QEMU}arg")]
-    backend = json.loads(options[options.index("-object") + 1])
-    assert (backend["qom-type"], backend["share"], backend["size"]) == (
-        "memory-backend-memfd",
-        True,
-        64 * MIB,
-    )
-    device = json.loads(options[options.index("-device") + 1])
-    assert (device["memdev"], device["addr"]) == (backend["id"], 4 * GIB)
-    assert f"slots=1,maxmem={576 * MIB}b" in options
+    told = {
+        option: [json.loads(text) for name, text in pairwise(options) if name == option]
+        for option in ("-object", "-device")
+    }
+    assert [(one["qom-type"], one["share"], one["size"]) for one in told["-object"]] == [
+        ("memory-backend-memfd", True, 64 * MIB),
+        ("memory-backend-memfd", True, 128 * MIB),
+    ]
+    (device,) = told["-device"]  # the DIMM is not plugged in
+    assert (device["driver"], device["addr"]) == ("nvdimm", 4 * GIB)
+    assert device["memdev"] == told["-object"][0]["id"]
+    assert f"slots=2,maxmem={704 * MIB}b" in options
     refuse_bypasses(domain, inline=True, nvdimm=True)
     with pytest.raises(BypassError, match="nvdimm"):
         refuse_bypasses(domain, inline=False)
 
 
 def test_ram_is_that_of_the_system_address_space() -> None:
-    assert guest_ram_ranges(MTREE_4G.replace('AS "memory"', 'AS "other"'), 4 * GIB) == []
-    assert guest_ram_ranges("", 4 * GIB) == []
+    assert guest_ram_ranges(MTREE_4G.replace('AS "memory"', 'AS "other"')) == []
+    assert guest_ram_ranges("") == []
     other = MTREE_4G.replace(": pc.ram", ": vga.vram")
-    assert guest_ram_ranges(other, 4 * GIB) == []
+    assert guest_ram_ranges(other) == []
 
 
 class Monitored(Domain):
