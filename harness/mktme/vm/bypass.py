@@ -13,7 +13,8 @@ system calls that copy, and so the kernel's own vhost. These do not come that wa
 - memory that is no shared memfd, which the plugin does not find (``qemu-plugin/ram_link.c``).
 
 Memory devices are refused but for those that the engine was told of: an NVDIMM of libvirt's own is
-a file with the guest's plaintext, and its DIMMs bring memory that comes after the plugin has looked.
+a file with the guest's plaintext, and its DIMMs bring memory that comes after the plugin has
+looked.
 
 Huge and preallocated pages are all the same to `shadow`, while `inline` needs an empty window and
 pages of 4 KiB.
