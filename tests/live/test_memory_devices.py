@@ -27,7 +27,7 @@ from mktme.vm.console import GuestCommandError, GuestPanicError
 from mktme.vm.platform import Platform, Vm
 
 MIB: Final = 1 << 20
-MEMORY: Final = 192 * MIB
+MEMORY: Final = 256 * MIB
 SIZE: Final = 32 * MIB
 BLOCK: Final = 16
 DIMM: Final = 128 * MIB
@@ -159,7 +159,7 @@ def test_nvdimm_under_another_key_with_integrity_is_poison(tmp_path: Path) -> No
 def test_dimm_is_followed_from_the_moment_it_is_plugged_in(datapath: str) -> None:
     canary = Canary.random()
     config = vm_config(
-        memory="192M", datapath=datapath, window="24M" if datapath == "inline" else None
+        memory="256M", datapath=datapath, window="24M" if datapath == "inline" else None
     )
     config = dataclasses.replace(config, dimms=(DIMM,))
     with Platform(MEMORY + DIMM) as platform, platform.launch(config) as vm:

@@ -230,25 +230,30 @@ class Dram:
         """
         if size_bytes <= 0 or size_bytes % PAGE_BYTES:
             raise ValueError(f"a region is whole 4 KiB pages, not {size_bytes} bytes")
-        if base is not None:
-            return self._allocate_at(Region(base, size_bytes))
+        if base is None:
+            region = self._first_free(size_bytes)
+        else:
+            region = Region(base, size_bytes)
+            self._check_free(region)
+        self.erase(region)
+        bisect.insort(self._regions, region)
+        return region
+
+    def _first_free(self, size_bytes: int) -> Region:
         base = 0
         for taken in self._regions:
             if base + size_bytes <= taken.base:
                 break
             base = -(-taken.end // REGION_ALIGN_BYTES) * REGION_ALIGN_BYTES
-        region = Region(base, size_bytes)
-        if region.end > self.size_bytes:
+        if base + size_bytes > self.size_bytes:
             raise AddressError(
                 f"no free {size_bytes} bytes in {self.size_bytes} bytes of DRAM",
                 address=base,
                 hint="make DRAM larger, or remove a VM",
             )
-        self.erase(region)
-        bisect.insort(self._regions, region)
-        return region
+        return Region(base, size_bytes)
 
-    def _allocate_at(self, region: Region) -> Region:
+    def _check_free(self, region: Region) -> None:
         if region.base % PAGE_BYTES:
             raise ValueError(f"a region starts at a 4 KiB page, not at {region.base:#x}")
         self.check_range(region.base, region.size_bytes)
@@ -259,9 +264,6 @@ class Dram:
                     address=max(taken.base, region.base),
                     hint="remove the VM that is there",
                 )
-        self.erase(region)
-        bisect.insort(self._regions, region)
-        return region
 
     def attach(self, base: int, module: Dram) -> None:
         """Have a range of addresses kept in another image, from its first byte on.
@@ -282,7 +284,7 @@ class Dram:
         self._modules[region] = module
 
     def detach(self, module: Dram) -> None:
-        """Take a module out again, if it is there; at its addresses DRAM is a hole as before."""
+        """Take a module out again, if it is there; at its addresses is this image again."""
         self._modules = {at: one for at, one in self._modules.items() if one is not module}
 
     def free(self, region: Region) -> None:
@@ -429,7 +431,11 @@ class ExclusionRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
 
 class ModuleRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A range of DRAM that is in an image of its own, an NVDIMM's, with a description beside it."""
+    """A range of DRAM that is in an image of its own, an NVDIMM's, with a description beside it.
+
+    Attributes:
+        file: path of that image.
+    """
 
     base: _Bytes
     size_bytes: _Bytes

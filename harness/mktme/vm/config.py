@@ -25,6 +25,8 @@ MIN_WINDOW_BYTES: Final = 4 << 20
 MIN_MEMORY_BYTES: Final = 192 << 20  # with less, Linux has too little left for the workload
 # libvirt gives x86 guests their memory in steps of 1 MiB (qemuDomainGetMemorySizeAlignment).
 _MEMORY_STEP_BYTES: Final = 1 << 20
+# Where memory may come above 4 GiB, Linux keeps as much for devices that do not reach there.
+_SWIOTLB_BYTES: Final = 64 << 20
 MAX_DIMMS: Final = 7  # with an NVDIMM, the plugin's MKTME_MAX_MODULES
 _NVDIMM_HINT: Final = "write it as FILE:SIZE, such as pmem.img:64M; sizes are whole 2 MiB"
 
@@ -146,6 +148,12 @@ def check_config(config: VmConfig) -> None:
         raise UsageError(f"at most {MAX_DIMMS} DIMMs can be plugged in")
     if config.dimms and config.plain:
         raise UsageError("DIMMs are for guests with an engine")
+    least = MIN_MEMORY_BYTES + _SWIOTLB_BYTES
+    if (config.nvdimm is not None or config.dimms) and config.memory_bytes < least:
+        raise UsageError(
+            f"{config.memory_bytes >> 20} MiB are too little for a guest with memory devices",
+            hint=f"--memory {least >> 20}M or more",
+        )
 
 
 def check_data_path(
