@@ -3,7 +3,7 @@
  * The QEMU plugin: finds the guest's RAM, hands it to the engine, and tells the engine where vCPUs
  * store. Its arguments (parse_arguments) are
  *     socket=PATH,vm=UUID,track=stores+pages[,datapath=inline][,ram-below-4g=BYTES]
- *     [,check-tlb=on]
+ *     [,module=BYTES@ADDRESS]...[,check-tlb=on]
  *
  * What vCPUs store is seen here, line by line. What else writes to RAM is not: devices, firmware
  * loading, exception frames, page-table accessed and dirty bits, and the instructions that QEMU
@@ -266,17 +266,35 @@ static bool parse_datapath(const char *text)
 	return options.take_faults || strcmp(text, "shadow") == 0;
 }
 
-static bool parse_ram_below_4g(const char *text)
+/* Whole pages in decimal, no more than MOST, up to the character END. */
+static bool parse_pages(const char *text, char end, uint64_t most, uint64_t *ret,
+                        const char **ret_end)
 {
-	char *end;
+	char *stop;
 
 	/* strtoull would take a sign or blanks; too many digits give ULLONG_MAX. */
 	if (text[0] < '0' || text[0] > '9')
 		return false;
-	options.ram_below_4g_bytes = strtoull(text, &end, 10);
-	return *end == '\0' && options.ram_below_4g_bytes > 0 &&
-	       options.ram_below_4g_bytes <= UINT32_MAX &&
-	       options.ram_below_4g_bytes % MKTME_PAGE_BYTES == 0;
+	*ret = strtoull(text, &stop, 10);
+	*ret_end = stop;
+	return *stop == end && *ret > 0 && *ret <= most && *ret % MKTME_PAGE_BYTES == 0;
+}
+
+static bool parse_ram_below_4g(const char *text)
+{
+	return parse_pages(text, '\0', UINT32_MAX, &options.ram_below_4g_bytes, &text);
+}
+
+static bool parse_module(const char *text)
+{
+	const uint64_t most = UINT64_C(1) << 51; /* The sum is an address of 52 bits at most. */
+	struct mktme_hello_segment *module = &options.modules[options.module_count];
+
+	if (options.module_count == MKTME_MAX_MODULES)
+		return false;
+	options.module_count++;
+	return parse_pages(text, '@', most, &module->size_bytes, &text) &&
+	       parse_pages(text + 1, '\0', most, &module->guest_physical, &text);
 }
 
 static bool parse_check_tlb(const char *text)
@@ -300,6 +318,9 @@ static int parse_arguments(int argc, char **argv)
 	        {"datapath=", parse_datapath, "shadow or inline", false},
 	        {"ram-below-4g=", parse_ram_below_4g,
 		 "the bytes of RAM below the PCI hole, in decimal and whole pages", false},
+	        {"module=", parse_module,
+		 "BYTES@ADDRESS of an NVDIMM or a DIMM, in decimal and whole pages, up to 8 times",
+		 false},
 	        {"check-tlb=", parse_check_tlb, "on or off", false},
 	};
 	const size_t known = sizeof(arguments) / sizeof(arguments[0]);

@@ -186,8 +186,8 @@ static void check_inline(const struct ram_block *blocks, size_t block_count)
 	}
 }
 
-static size_t lay_out(const struct mktme_link_options *options, uint64_t ram_bytes,
-                      struct mktme_hello_segment ret[2])
+static size_t lay_out_ram(const struct mktme_link_options *options, uint64_t ram_bytes,
+                          struct mktme_hello_segment ret[2])
 {
 	/*
 	 * QEMU leaves the PCI hole at 2 GiB or above unless told otherwise (max-ram-below-4g), so
@@ -201,6 +201,38 @@ static size_t lay_out(const struct mktme_link_options *options, uint64_t ram_byt
 		        "ram-below-4g=BYTES (the size of the RAM at address 0 in HMP 'info mtree "
 		        "-f')");
 	return mktme_segments_init(ram_bytes, options->ram_below_4g_bytes ?: always_below_4g, ret);
+}
+
+/*
+ * Where all blocks are in guest-physical space. Those of the modules are the last, as their -object
+ * have to be, and are there before anything is plugged in: QEMU tells nobody of a new RAM block.
+ */
+static size_t lay_out(const struct mktme_link_options *options, const struct ram_block *blocks,
+                      size_t block_count, struct mktme_hello_segment ret[2 + MKTME_MAX_MODULES])
+{
+	uint64_t ram_bytes = 0;
+	size_t count;
+
+	if (block_count <= options->module_count)
+		mktme_fatal("%zu RAM blocks are too few for RAM and %zu modules", block_count,
+		            options->module_count);
+	block_count -= options->module_count;
+	for (size_t i = 0; i < block_count; i++)
+		ram_bytes += blocks[i].size_bytes;
+	count = lay_out_ram(options, ram_bytes, ret);
+	for (size_t i = 0; i < options->module_count; i++) {
+		const struct ram_block *block = &blocks[block_count + i];
+		struct mktme_hello_segment module = options->modules[i];
+
+		if (block->size_bytes != module.size_bytes)
+			mktme_fatal("a RAM block has %" PRIu64
+			            " bytes where module= has one of %" PRIu64,
+			            block->size_bytes, module.size_bytes);
+		module.ram_offset = ram_bytes;
+		ram_bytes += module.size_bytes;
+		ret[count++] = module;
+	}
+	return count;
 }
 
 static int open_pagemap(void)
@@ -354,7 +386,7 @@ void mktme_ram_link_init(const struct mktme_link_options *options, struct mktme_
 	}
 	tail = mempcpy(tail, hello_blocks, block_count * sizeof(hello_blocks[0]));
 
-	ret->segment_count = lay_out(options, ram_bytes, ret->segments);
+	ret->segment_count = lay_out(options, blocks, block_count, ret->segments);
 	hello->segment_count = (uint16_t)ret->segment_count;
 	tail = mempcpy(tail, ret->segments, ret->segment_count * sizeof(ret->segments[0]));
 	hello->total_bytes = (uint32_t)(tail - (uint8_t *)&message);

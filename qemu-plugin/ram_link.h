@@ -11,6 +11,9 @@
 #include "link_protocol.h"
 #include "store_map.h"
 
+/* NVDIMMs and DIMMs; more than anybody plugs in. */
+#define MKTME_MAX_MODULES 8
+
 struct mktme_link_options {
 	struct sockaddr_un engine;
 	uint8_t vm_uuid[16];
@@ -18,11 +21,14 @@ struct mktme_link_options {
 	bool track_pages;
 	bool take_faults;            /* Instead of track_pages. */
 	uint64_t ram_below_4g_bytes; /* 0: not given. */
+	/* Where the last blocks are, plugged in or not, in their order; RAM offsets are not set. */
+	struct mktme_hello_segment modules[MKTME_MAX_MODULES];
+	size_t module_count;
 	unsigned int vcpus;
 };
 
 struct mktme_ram_link {
-	struct mktme_hello_segment segments[2];
+	struct mktme_hello_segment segments[2 + MKTME_MAX_MODULES];
 	size_t segment_count;
 	struct mktme_store_map store_map; /* Only if stores are tracked. */
 };

@@ -68,6 +68,7 @@ from mktme.vm.config import (
     VmConfig,
     check_config,
     check_data_path,
+    parse_nvdimm,
 )
 from mktme.vm.disk_images import user_image
 from mktme.vm.hardware import Firmware, Hardware, Machine
@@ -200,6 +201,13 @@ def run(
             " other-key. May be given again.",
         ),
     ] = None,
+    nvdimm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE:SIZE",
+            help="An NVDIMM for the guest: ciphertext in FILE; the same --key-file reads it again.",
+        ),
+    ] = None,
     platform: PlatformOption = None,
     dram: DramOption = None,
     keep: Annotated[
@@ -233,8 +241,12 @@ def run(
         one.ram_offset(memory_bytes, machine)
     if ssh_port is not None and guests > 1:
         raise UsageError("one port for several guests", hint="leave --ssh-port out")
+    module = None if nvdimm is None else parse_nvdimm(nvdimm)
+    if module is not None and guests > 1:
+        raise UsageError("an NVDIMM is one guest's", hint="leave --guests out")
     set_up = None if platform is None else read_platform(platform)
-    run_demand(memory_bytes, algorithm, ranges, guests).check(set_up)
+    all_bytes = memory_bytes + (0 if module is None else module.size_bytes)
+    run_demand(all_bytes, algorithm, ranges, guests).check(set_up)
     config = VmConfig(
         image(guest) if disk_image is None else user_image(disk_image),
         memory_bytes=memory_bytes,
@@ -251,6 +263,7 @@ def run(
         ssh_port=ssh_port,
         authorized_keys=() if ssh_key is None else (read_public_key(ssh_key),),
         boot_timeout_s=boot_timeout,
+        nvdimm=module,
     )
     check_config(config)
     options = runs.RunOptions(

@@ -192,10 +192,26 @@ class InlineDataPath:
             DramFullError: DRAM took no more.
             LinkError, OSError: the VM is gone.
         """
+        return self.persist(0, self._link.ram_pages)
+
+    def persist(self, first_page: int, count: int) -> Iterator[int]:
+        """As `flush`, of some pages; after QEMU's end, too: its memory is there still."""
         resident = self._window.resident()
+        resident = resident[(resident >= first_page) & (resident < first_page + count)]
         for start in range(0, len(resident), BATCH_PAGES):
             pages = resident[start : start + BATCH_PAGES]
             yield self._write(pages[self._window.contains(pages)])
+
+    def discard(self, first_page: int, count: int) -> None:
+        """Forget pages that QEMU has taken from the guest: they are zero from now on."""
+        self._link.punch(first_page, count)
+        self._window.forget(first_page, count)
+        if self._stores is not None:
+            self._stores.take(np.arange(first_page, first_page + count))
+            self._looked_at[first_page : first_page + count] = 0
+        for page in range(first_page, first_page + count) if self._released else ():
+            self._released.pop(page, None)
+        self._controller.discard(self._first_dram_page + first_page, count)
 
     def line_marks(self, first_page: int, count: int) -> npt.NDArray[np.uint64]:
         """For each page, which of its lines a store was ever seen to (bit i: line i)."""

@@ -276,7 +276,8 @@ class VmLink:
 
     It owns the descriptors; `close` gives all of them back. RAM is only ever read with preadv:
     unlike a mapping this neither allocates a page that the guest gave back nor faults when a
-    hostile QEMU shrinks the file. It is never written: `Userfaultfd` puts pages into it.
+    hostile QEMU shrinks the file. Nor is it written once the VM runs: `Userfaultfd` puts pages
+    into it.
 
     Attributes:
         pagemap: QEMU's ``/proc/PID/pagemap``, if its pages are tracked.
@@ -347,6 +348,16 @@ class VmLink:
             if count <= 0:
                 raise LinkError(f"guest RAM ends at offset {ram_offset + filled:#x}")
             filled += count
+
+    def write(self, ram_offset: int, data: memoryview) -> None:
+        """Write guest RAM, all in one block, of a VM that does not run yet.
+
+        Raises:
+            LinkError, OSError: QEMU does not let it be written.
+        """
+        block, descriptor = self._block_at(ram_offset)
+        if os.pwrite(descriptor, data, ram_offset - block.ram_offset) != len(data):
+            raise LinkError(f"guest RAM at offset {ram_offset:#x} cannot be written")
 
     def read_pages_into(self, pages: npt.NDArray[np.int64], buffer: npt.NDArray[np.uint64]) -> None:
         """As `read_into`, of pages here and there.

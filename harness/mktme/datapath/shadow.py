@@ -23,7 +23,7 @@ from mktme.datapath.pages import PageTracker
 from mktme.datapath.stores import StoreTracker
 from mktme.engine.controller import BATCH_PAGES, MemoryController
 from mktme.engine.dram import Region
-from mktme.engine.pages import as_lines, pack_masks
+from mktme.engine.pages import as_lines, pack_masks, runs_of_consecutive
 from mktme.engine.xts import LINES_PER_PAGE, PAGE_BYTES
 
 _WORDS_PER_PAGE: Final = PAGE_BYTES // 8
@@ -174,6 +174,51 @@ class ShadowDataPath:
         for _ in range(2):  # the second round takes marks set late: after the page's own scan
             self._collect_marked()
             yield from self.drain()
+
+    def load(self, first_page: int, count: int) -> Iterator[None]:
+        """Fill pages of RAM with what DRAM holds of them; before the VM runs.
+
+        Yields:
+            After each batch.
+
+        Raises:
+            IntegrityError: a line does not match its MAC. Nobody could tell the guest.
+            DramError, LinkError, OSError: there is nothing to read from, or to write to.
+        """
+        for first in range(first_page, first_page + count, BATCH_PAGES):
+            length = min(BATCH_PAGES, first_page + count - first)
+            plaintext = self._controller.read_pages(
+                self._first_dram_page + first, length, out=self._plaintext[:length]
+            )
+            pages = np.flatnonzero(plaintext.any(axis=1))
+            for start, stop in runs_of_consecutive(pages):
+                part = plaintext[pages[start] : pages[stop - 1] + 1]
+                offset = (first + int(pages[start])) * PAGE_BYTES
+                self._link.write(offset, memoryview(part.data).cast("B"))
+            self._shadowed[pages + first] = True
+            yield
+
+    def persist(self, first_page: int, count: int) -> Iterator[int]:
+        """As `flush`, of some pages, after QEMU's end: its memory outlives trackers."""
+        stop = first_page + count
+        self._note_written(first_page, stop)
+        for hole_start, hole_stop in self._link.holes(first_page, stop):
+            self._written[hole_start:hole_stop] = False
+            self._note_hole(hole_start, hole_stop)
+        pending = np.flatnonzero(self._written[first_page:stop]) + first_page
+        for start in range(0, len(pending), BATCH_PAGES):
+            yield self._encrypt(pending[start : start + BATCH_PAGES])
+
+    def discard(self, first_page: int, count: int) -> None:
+        """Forget pages that QEMU has taken from the guest: they are zero from now on."""
+        self._link.punch(first_page, count)
+        self._collect()  # what the trackers know of them
+        if self._stores is not None:
+            self._stores.take(np.arange(first_page, first_page + count))
+        pages = slice(first_page, first_page + count)
+        self._written[pages] = self._shadowed[pages] = self._vanished[pages] = False
+        self._marked[pages] = 0
+        self._controller.discard(self._first_dram_page + first_page, count)
 
     def renew(self, first_page: int, count: int) -> None:
         """Let the next drain write pages anew: DRAM may not hold them as it should."""

@@ -10,6 +10,9 @@ same.
 
 The MAC area is another such file, with an entry of 4 bytes for each line: what real hardware keeps
 in the memory's spare bits. It stays empty as long as no KeyID has integrity.
+
+Some of DRAM's addresses may be those of NVDIMMs (`mktme.engine.nvdimm`), each with an image of its
+own: at these the file above is a hole.
 """
 
 from __future__ import annotations
@@ -17,9 +20,11 @@ from __future__ import annotations
 import bisect
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Final, Literal, Self, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -56,6 +61,7 @@ class Dram:
         self._macs = macs
         self._has_macs = has_macs
         self._regions: list[Region] = []  # ascending
+        self._modules: dict[Region, Dram] = {}  # what has an image of its own
 
     @classmethod
     def create(cls, path: Path, size_bytes: int, *, overwrite: bool = False) -> Self:
@@ -87,7 +93,7 @@ class Dram:
         return cls(image, macs, has_macs=False)
 
     @classmethod
-    def open(cls, path: Path, *, read_only: bool = True) -> Self:
+    def open(cls, path: Path, *, read_only: bool = True, has_macs: bool = True) -> Self:
         """Open an image that exists.
 
         It knows of no regions: `allocate` is for the process that created the image.
@@ -95,6 +101,7 @@ class Dram:
         Args:
             path: the image; the MACs are in `mac_path` of it.
             read_only: False to write to it too, which only one process at a time can.
+            has_macs: False if it is known that no line has a MAC.
 
         Raises:
             DramError: a file cannot be opened, is no regular file or has no fitting size, or
@@ -120,7 +127,7 @@ class Dram:
             if macs is not None:
                 macs.close()
             raise
-        return cls(image, macs, has_macs=True)
+        return cls(image, macs, has_macs=has_macs)
 
     @property
     def path(self) -> Path:
@@ -135,7 +142,7 @@ class Dram:
     @property
     def has_macs(self) -> bool:
         """Whether any entry of the MAC area may be other than 0."""
-        return self._has_macs
+        return self._has_macs or any(module.has_macs for module in self._modules.values())
 
     def read_into(self, address: int, buffer: bytearray | memoryview) -> None:
         """Fill a buffer with ciphertext.
@@ -148,8 +155,10 @@ class Dram:
             AddressError: the range is not all in DRAM.
             DramError: the file cannot be read, or was cut short.
         """
-        self.check_range(address, memoryview(buffer).nbytes)
-        self._image.read_into(address, buffer)
+        view = memoryview(buffer).cast("B")
+        self.check_range(address, len(view))
+        for module, offset, part in self._parts(address, len(view)):
+            module._image.read_into(offset, view[part])
 
     def write(self, address: int, buffer: bytes | bytearray | memoryview) -> None:
         """Write ciphertext.
@@ -163,8 +172,10 @@ class Dram:
             DramFullError: there is no space; ``address`` is the first byte not written.
             DramError: the file cannot be written.
         """
-        self.check_range(address, memoryview(buffer).nbytes)
-        self._image.write(address, buffer)
+        view = memoryview(buffer).cast("B")
+        self.check_range(address, len(view))
+        for module, offset, part in self._parts(address, len(view)):
+            module._image.write(offset, view[part])
 
     def read_macs_into(self, address: int, entries: bytearray | memoryview) -> None:
         """Fill a buffer with lines' entries of the MAC area.
@@ -177,8 +188,11 @@ class Dram:
             AddressError: the lines are not all in DRAM.
             DramError: the file cannot be read, or was cut short.
         """
-        self.check_range(address, memoryview(entries).nbytes * _BYTES_PER_MAC_BYTE)
-        self._macs.read_into(address // _BYTES_PER_MAC_BYTE, entries)
+        view = memoryview(entries).cast("B")
+        size_bytes = len(view) * _BYTES_PER_MAC_BYTE
+        self.check_range(address, size_bytes)
+        for module, offset, part in self._parts(address, size_bytes):
+            module._macs.read_into(offset // _BYTES_PER_MAC_BYTE, view[_of_macs(part)])
 
     def write_macs(self, address: int, entries: bytes | bytearray | memoryview) -> None:
         """Write lines' entries of the MAC area.
@@ -193,40 +207,85 @@ class Dram:
                 written.
             DramError: the file cannot be written.
         """
-        self.check_range(address, memoryview(entries).nbytes * _BYTES_PER_MAC_BYTE)
-        self._has_macs = True
-        self._macs.write(address // _BYTES_PER_MAC_BYTE, entries)
+        view = memoryview(entries).cast("B")
+        size_bytes = len(view) * _BYTES_PER_MAC_BYTE
+        self.check_range(address, size_bytes)
+        for module, offset, part in self._parts(address, size_bytes):
+            module._has_macs = True
+            module._macs.write(offset // _BYTES_PER_MAC_BYTE, view[_of_macs(part)])
 
-    def allocate(self, size_bytes: int) -> Region:
+    def allocate(self, size_bytes: int, base: int | None = None) -> Region:
         """Set aside a range of DRAM, aligned to 2 MiB: the first that is free.
 
         Its lines are never-written ones, whatever was there before.
 
         Args:
             size_bytes: whole 4 KiB pages.
+            base: where it has to be, a multiple of 4096; None for anywhere.
 
         Raises:
-            ValueError: the size is not a positive multiple of 4096.
-            AddressError: no free range is that large.
+            ValueError: the size is not a positive multiple of 4096, or the base none of 4096.
+            AddressError: no free range is that large, or that one is not free.
             DramError: what was there cannot be erased.
         """
         if size_bytes <= 0 or size_bytes % PAGE_BYTES:
             raise ValueError(f"a region is whole 4 KiB pages, not {size_bytes} bytes")
+        if base is None:
+            region = self._first_free(size_bytes)
+        else:
+            region = Region(base, size_bytes)
+            self._check_free(region)
+        self.erase(region)
+        bisect.insort(self._regions, region)
+        return region
+
+    def _first_free(self, size_bytes: int) -> Region:
         base = 0
         for taken in self._regions:
             if base + size_bytes <= taken.base:
                 break
             base = -(-taken.end // REGION_ALIGN_BYTES) * REGION_ALIGN_BYTES
-        region = Region(base, size_bytes)
-        if region.end > self.size_bytes:
+        if base + size_bytes > self.size_bytes:
             raise AddressError(
                 f"no free {size_bytes} bytes in {self.size_bytes} bytes of DRAM",
                 address=base,
                 hint="make DRAM larger, or remove a VM",
             )
-        self.erase(region)
-        bisect.insort(self._regions, region)
-        return region
+        return Region(base, size_bytes)
+
+    def _check_free(self, region: Region) -> None:
+        if region.base % PAGE_BYTES:
+            raise ValueError(f"a region starts at a 4 KiB page, not at {region.base:#x}")
+        self.check_range(region.base, region.size_bytes)
+        for taken in self._regions:
+            if taken.base < region.end and region.base < taken.end:
+                raise AddressError(
+                    f"{region.base:#x} to {region.end - 1:#x} of DRAM is not free",
+                    address=max(taken.base, region.base),
+                    hint="remove the VM that is there",
+                )
+
+    def attach(self, base: int, module: Dram) -> None:
+        """Have a range of addresses kept in another image, from its first byte on.
+
+        Args:
+            base: page-aligned; the range is part of an allocated region.
+            module: what keeps it; it stays the caller's to close, after `detach`.
+
+        Raises:
+            AddressError: the range is not all in DRAM, or another module has some of it.
+        """
+        region = Region(base, module.size_bytes)
+        self.check_range(base, module.size_bytes)
+        for taken in self._modules:
+            if taken.base < region.end and region.base < taken.end:
+                raise AddressError(f"{taken.base:#x} of DRAM has a module already", address=base)
+        module._image.base = module._macs.base = base
+        self._modules[region] = module
+
+    def detach(self, module: Dram) -> None:
+        """Take a module out again, if it is there; at its addresses is this image again."""
+        self._modules = {at: one for at, one in self._modules.items() if one is not module}
 
     def free(self, region: Region) -> None:
         """Give a region back. What it holds stays in the image until it is allocated again.
@@ -270,10 +329,32 @@ class Dram:
         Raises:
             DramError: the file system cannot do that.
         """
-        self._image.erase(region.base, region.size_bytes)
-        self._macs.erase(
-            region.base // _BYTES_PER_MAC_BYTE, region.size_bytes // _BYTES_PER_MAC_BYTE
-        )
+        for module, offset, part in self._parts(region.base, region.size_bytes):
+            size_bytes = part.stop - part.start
+            module._image.erase(offset, size_bytes)
+            module._macs.erase(offset // _BYTES_PER_MAC_BYTE, size_bytes // _BYTES_PER_MAC_BYTE)
+
+    def _parts(self, address: int, size_bytes: int) -> Iterator[tuple[Dram, int, slice]]:
+        """Which image a range is in, where in it, and which bytes of the range these are."""
+        if not self._modules:
+            yield self, address, slice(0, size_bytes)
+            return
+        end = address + size_bytes
+        edges = {edge for region in self._modules for edge in (region.base, region.end)}
+        inner = [edge for edge in edges if address < edge < end]
+        for start, stop in pairwise(sorted((address, *inner, end))):
+            part = slice(start - address, stop - address)
+            for region, module in self._modules.items():
+                if region.base <= start < region.end:
+                    yield module, start - region.base, part
+                    break
+            else:
+                yield self, start, part
+
+
+def _of_macs(part: slice) -> slice:
+    """The bytes of entries that are for a part's bytes of DRAM."""
+    return slice(part.start // _BYTES_PER_MAC_BYTE, part.stop // _BYTES_PER_MAC_BYTE)
 
 
 def mac_path(image: Path) -> Path:
@@ -284,8 +365,9 @@ def mac_path(image: Path) -> Path:
 # --- the sidecar ------------------------------------------------------------------------------
 
 SIDECAR_SCHEMA: Final = "mktme-dram"
-SIDECAR_VERSION: Final = 3
+SIDECAR_VERSION: Final = 4
 _SIDECAR_MAX_BYTES: Final = 64 << 20
+_T = TypeVar("_T", bound=msgspec.Struct)
 
 TWEAK_RULE: Final = (
     "AES-XTS (IEEE 1619, NIST SP 800-38E), the key being the data key followed by the tweak key. "
@@ -348,6 +430,18 @@ class ExclusionRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     base: _Bytes
 
 
+class ModuleRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A range of DRAM that is in an image of its own, an NVDIMM's, with a description beside it.
+
+    Attributes:
+        file: path of that image.
+    """
+
+    base: _Bytes
+    size_bytes: _Bytes
+    file: str
+
+
 class IntegrityRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The MACs of lines.
 
@@ -373,11 +467,12 @@ class Sidecar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         vms: whose RAM is where.
         pages: the KeyID of every page of DRAM.
         integrity: the MACs of lines; None, no KeyID has integrity.
+        modules: ranges that this image does not hold.
         tweak, never_written: rules, for a reader who has only this file.
     """
 
     schema: Literal["mktme-dram"] = SIDECAR_SCHEMA
-    version: Literal[3] = SIDECAR_VERSION
+    version: Literal[4] = SIDECAR_VERSION
     platform: PlatformRecord
     data_unit_bytes: Literal[64] = LINE_BYTES
     tweak: str = TWEAK_RULE
@@ -387,6 +482,7 @@ class Sidecar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     vms: tuple[VmRecord, ...]
     pages: tuple[PageRange, ...]
     integrity: IntegrityRecord | None = None
+    modules: tuple[ModuleRecord, ...] = ()
 
 
 class _Header(msgspec.Struct):
@@ -399,12 +495,12 @@ def sidecar_path(image: Path) -> Path:
     return image.with_name(f"{image.name}.json")
 
 
-def write_sidecar(path: Path, sidecar: Sidecar) -> None:
+def write_sidecar(path: Path, sidecar: msgspec.Struct) -> None:
     """Write a sidecar, replacing an older one in one step; only its owner can access it.
 
     Args:
         path: see `sidecar_path`.
-        sidecar: what to write.
+        sidecar: what to write, a `Sidecar` or an NVDIMM's.
 
     Raises:
         DramError: it cannot be written; an older one is still there.
@@ -432,8 +528,18 @@ def read_sidecar(path: Path) -> Sidecar:
     Raises:
         DramError: it cannot be read, is no sidecar, or is of another version.
     """
+    return read_description(path, Sidecar, SIDECAR_SCHEMA, SIDECAR_VERSION)
+
+
+def _open_now(path: str, flags: int) -> int:
+    """Open a file, without waiting for the other end of what is a FIFO."""
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+
+
+def read_description(path: Path, kind: type[_T], schema: str, version: int) -> _T:
+    """Read a sidecar of one kind, as `read_sidecar` does."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_open_now) as file:
             data = file.read(_SIDECAR_MAX_BYTES + 1)
     except OSError as error:
         raise DramError(f"{path}: cannot read the sidecar: {error.strerror}") from error
@@ -441,14 +547,14 @@ def read_sidecar(path: Path) -> Sidecar:
         raise DramError(f"{path}: no sidecar: larger than {_SIDECAR_MAX_BYTES} bytes")
     try:
         header = msgspec.json.decode(data, type=_Header)
-        if header.schema != SIDECAR_SCHEMA:
+        if header.schema != schema:
             raise DramError(f"{path}: no sidecar: its schema is {header.schema!r}")
-        if header.version != SIDECAR_VERSION:
+        if header.version != version:
             raise DramError(
-                f"{path}: sidecar version {header.version}, this mktme reads {SIDECAR_VERSION}",
+                f"{path}: sidecar version {header.version}, this mktme reads {version}",
                 hint="use the mktme that wrote it",
             )
-        return msgspec.json.decode(data, type=Sidecar)
+        return msgspec.json.decode(data, type=kind)
     # msgspec's own, and what it lets through: of text that is not UTF-8, and of deep nesting.
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DramError(f"{path}: no valid sidecar: {error}") from error

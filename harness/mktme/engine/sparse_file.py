@@ -33,6 +33,7 @@ class SparseFile:
         path: the file.
         size_bytes: its size.
         stands_for: bytes of DRAM that a byte of it is for; where it is full, the error says which.
+        base: the first of them, as an address.
     """
 
     def __init__(self, fd: int, path: Path, stands_for: int) -> None:
@@ -40,6 +41,7 @@ class SparseFile:
         self.path = path
         self.size_bytes = os.fstat(fd).st_size
         self.stands_for = stands_for
+        self.base = 0
 
     @classmethod
     def create(cls, path: Path, size_bytes: int, *, overwrite: bool, stands_for: int = 1) -> Self:
@@ -179,7 +181,7 @@ class SparseFile:
         if error.errno in _FULL:
             raise DramFullError(
                 message,
-                address=offset * self.stands_for,
+                address=self.base + offset * self.stands_for,
                 hint=f"make space on the file system of {self.path}",
             ) from error
         raise DramError(message) from error

@@ -19,7 +19,7 @@ class Demand:
 
     Attributes:
         guests: how many.
-        memory_bytes: RAM of each.
+        memory_bytes: RAM and NVDIMM of each.
         algorithm: of their keys.
         keyids: how many for all of them.
     """

@@ -124,7 +124,7 @@ class EngineMemory:
 
     def chunks(self) -> Iterator[tuple[int, bytes]]:
         """As `GuestRam.chunks`."""
-        size = self._vm.config.memory_bytes
+        size = self._vm.config.all_bytes
         for ram_offset in range(0, size, CHUNK_BYTES):
             length = min(CHUNK_BYTES, size - ram_offset)
             yield ram_offset, self._engine.read(self._vm.uuid, ram_offset, length)
@@ -190,4 +190,4 @@ def ram_of(vm: Vm) -> GuestRam:
     pid = vm.status().qemu_pid
     if pid is None:
         raise VmError(f"{vm.name} is not linked to the engine")
-    return GuestRam(pid, vm.config.memory_bytes)
+    return GuestRam(pid, vm.config.all_bytes)

@@ -121,7 +121,7 @@ def run(
 ) -> RunReport:
     """Boot `guests` guests of one configuration, each under a key of its own, and prove."""
     names = [f"guest{index + 1}" for index in range(guests)]
-    demand = run_demand(config.memory_bytes, config.algorithm, config.pages, guests)
+    demand = run_demand(config.all_bytes, config.algorithm, config.pages, guests)
     session = _Session("run", narrator, options or RunOptions(), config, demand)
     with session.open():
         session.prove(names, config)
@@ -197,6 +197,7 @@ class _Session:
             mode=KeyMode.RANDOM,
             key_file=None,
             pages=(),
+            nvdimm=None,
             check_tlb=False,
         )
         with ExitStack() as stack:

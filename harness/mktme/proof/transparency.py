@@ -64,7 +64,7 @@ def compare_memory(
     """Compare every page of a held guest (`Vm.held`) with what DRAM holds of it."""
     compared = nonzero = mismatched = line_marked = page_marked = 0
     inline = vm.config.datapath is DataPath.INLINE
-    size = vm.config.memory_bytes
+    size = vm.config.all_bytes
     with ram_of(vm) as ram:
         for ram_offset, plain in ram.chunks():
             decrypted = engine.read(vm.uuid, ram_offset, len(plain))

@@ -127,6 +127,8 @@ class EngineClient:
         datapath: DataPath = DataPath.SHADOW,
         window_bytes: int | None = None,
         policy: Policy = Policy.TWO_QUEUES,
+        nvdimm: wire.NvdimmFile | None = None,
+        dimm_bytes: int = 0,
     ) -> wire.VmAdded:
         """Announce a VM; see `wire.AddVm`."""
         request = wire.AddVm(
@@ -140,12 +142,19 @@ class EngineClient:
             datapath=datapath,
             window_bytes=window_bytes,
             policy=policy,
+            nvdimm=nvdimm,
+            dimm_bytes=dimm_bytes,
         )
         return self._call(request, wire.VmAdded)
 
     def remove_vm(self, vm: UUID) -> None:
         """Forget a VM and clear its KeyID; its ciphertext stays."""
         self._call(wire.RemoveVm(vm=vm), wire.Done)
+
+    def discard_memory(self, vm: UUID, ram_offset: int, size_bytes: int) -> None:
+        """Forget what a DIMM held that was unplugged; see `wire.DiscardMemory`."""
+        request = wire.DiscardMemory(vm=vm, ram_offset=ram_offset, size_bytes=size_bytes)
+        self._call(request, wire.Done)
 
     def flush(self, vm: UUID) -> None:
         """Barrier: of a paused VM, DRAM is exactly its RAM when this returns."""

@@ -9,19 +9,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import select
 import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
 from mktme.datapath.link import LinkError
-from mktme.engine.errors import DramFullError
+from mktme.engine.errors import DramFullError, MktmeError
 from mktme.service import wire
 from mktme.service.vms import AnyDataPath, Vm
 
 log = logging.getLogger(__name__)
 
 FULL_RETRY_S: Final = 0.5
+# A QEMU whose link ends does so at once; one that does not is hostile.
+_QEMU_END_TIMEOUT_S: Final = 2.0
 
 
 class Drains:
@@ -65,6 +69,31 @@ class Drains:
                 self.note_full(vm, error)
                 raise
 
+    async def persist(self, vm: Vm) -> None:
+        """End a VM's link, and bring its NVDIMM, if it has one, into DRAM as it is by then.
+
+        What is in the package's caches when power goes is written to an NVDIMM, as platforms with
+        eADR have it. A VM that could not be followed (`cut`) has lost what DRAM lacks, which its
+        NVDIMM's description then says.
+        """
+        nvdimm = vm.nvdimm
+        if nvdimm is None:
+            return
+        async with vm.lock:
+            link, connection = vm.link, vm.connection
+            if link is None or connection is None or vm.path is None:
+                return
+            connection.shutdown(socket.SHUT_RDWR)
+            # Only when nobody writes any more can what is read be of one moment.
+            await asyncio.to_thread(_await_end, link.qemu_pid)
+            try:
+                if vm.fault is None or vm.full:
+                    await self.run(vm, lambda path: path.persist(*vm.nvdimm_pages))
+                    nvdimm.set_clean(True)
+            except (MktmeError, OSError) as error:
+                log.error("VM %s: its NVDIMM lacks what it wrote last: %s", vm.name, error)
+            vm.path = None
+
     async def run(self, vm: Vm, start: Callable[[AnyDataPath], Iterator[int]]) -> int:
         """Run one drain or flush, `vm.lock` held; returns how many lines changed."""
         if vm.path is None:
@@ -101,6 +130,20 @@ class Drains:
         self._announce(wire.VmFault(vm=vm.uuid, message=why))
         if vm.connection is not None:
             vm.connection.shutdown(socket.SHUT_RDWR)
+
+
+def _await_end(pid: int) -> None:
+    """Wait for the end of a process, but not for long."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        poll.poll(_QEMU_END_TIMEOUT_S * 1000)
+    finally:
+        os.close(descriptor)
 
 
 def unlink(vm: Vm) -> None:

@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
+from pathlib import Path
 from uuid import UUID
 
 from mktme.datapath.inline import InlineDataPath
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
-from mktme.engine.dram import Dram, sidecar_path, write_sidecar
+from mktme.engine.dram import REGION_ALIGN_BYTES, Dram, Region, sidecar_path, write_sidecar
 from mktme.engine.errors import AddressError, MktmeError
 from mktme.engine.firmware import PlatformConfig
+from mktme.engine.nvdimm import Nvdimm
 from mktme.engine.package import Package, PowerEvent
-from mktme.engine.xts import PAGE_BYTES
+from mktme.engine.xts import PAGE_BYTES, Algorithm
 from mktme.service import wire
 from mktme.service.custody import Custody
 from mktme.service.drains import Drains, unlink
@@ -56,7 +59,9 @@ class Requests:
                     return self._add_vm(request)
             case wire.RemoveVm(vm=uuid):
                 async with self._keyids.lock:
-                    self._remove_vm(self._vm(uuid))
+                    leaving = self._vm(uuid)
+                    await self._drains.persist(leaving)
+                    self._remove_vm(leaving)
             case wire.FlushVm(vm=uuid):
                 await self._drains.flush(self._vm(uuid))
             case wire.ReadVm():
@@ -90,8 +95,12 @@ class Requests:
                     await self._keyids.assign(self._vm(request.vm), request)
             case wire.ReleasePage():
                 self._release(request)
+            case wire.DiscardMemory():
+                await self._discard(request)
             case wire.PowerPlatform(event=event):
                 async with self._keyids.lock:
+                    for one in tuple(self.vms.values()):
+                        await self._drains.persist(one)
                     self._power(event)
         return wire.Done()
 
@@ -99,6 +108,7 @@ class Requests:
         """End every link."""
         for vm in self.vms.values():
             unlink(vm)
+            self._take_out(vm)
 
     def _vm(self, uuid: UUID) -> Vm:
         try:
@@ -113,14 +123,30 @@ class Requests:
             raise MktmeError("a VM's name is printable text")
         if request.memory_bytes <= 0 or request.memory_bytes % PAGE_BYTES:
             raise AddressError("memory is not whole pages", address=request.memory_bytes)
+        if request.dimm_bytes % PAGE_BYTES:
+            raise AddressError("DIMMs are not whole pages", address=request.dimm_bytes)
         _check_data_path(request)
-        region = self.dram.allocate(request.memory_bytes)
-        try:
+        with ExitStack() as undo:
+            nvdimm = self._known_nvdimm(request.nvdimm)
+            if nvdimm is not None:
+                undo.callback(nvdimm.close)
+            region = self._allocate(request, nvdimm)
+            undo.callback(self.dram.free, region)
             keyid = self._keyids.program(request.mode, request.algorithm, request.key_file)
+            undo.callback(self._keyids.clear, keyid)
             self.controller.assign(region.base, region.size_bytes, keyid)
-        except BaseException:
-            self.dram.free(region)
-            raise
+            undo.callback(self.controller.assign, region.base, region.size_bytes, 0)
+            if request.nvdimm is not None:
+                wanted, base = request.nvdimm, region.base + request.memory_bytes
+                if wanted.shared:
+                    self.controller.assign(base, wanted.size_bytes, 0)
+                algorithm = self._algorithm_at(base)
+                if nvdimm is None:
+                    nvdimm = Nvdimm.create(Path(wanted.path), wanted.size_bytes, base, algorithm)
+                    undo.callback(nvdimm.close)
+                nvdimm.check_algorithm(algorithm)
+                self.dram.attach(base, nvdimm.cells)
+            undo.pop_all()
         self.vms[request.vm] = Vm(
             uuid=request.vm,
             name=request.name,
@@ -131,11 +157,59 @@ class Requests:
             region=region,
             window_bytes=request.window_bytes or 0,
             policy=request.policy,
+            nvdimm=nvdimm,
+            dimm_bytes=request.dimm_bytes,
         )
         return wire.VmAdded(keyid=keyid, base=region.base)
 
+    def _known_nvdimm(self, wanted: wire.NvdimmFile | None) -> Nvdimm | None:
+        """The NVDIMM that a VM asks for, if it was made before."""
+        if wanted is None:
+            return None
+        path = Path(wanted.path)
+        if not path.is_absolute() or wanted.size_bytes % REGION_ALIGN_BYTES:
+            raise MktmeError("an NVDIMM is an absolute path and whole 2 MiB")
+        try:
+            is_known = path.exists() or sidecar_path(path).exists()
+        except (OSError, ValueError) as error:  # ValueError: what no path can be
+            raise MktmeError(f"no NVDIMM can be kept there: {error}") from error
+        return Nvdimm.open(path, wanted.size_bytes) if is_known else None
+
+    def _algorithm_at(self, address: int) -> Algorithm | None:
+        """What the KeyID at an address, and all around it, is encrypted with."""
+        keyid = self.controller.keyid_at(address)
+        if keyid == 0 and self.package.tme.exclusion is not None:
+            raise MktmeError("KeyID 0's encryption has an exclusion range: no NVDIMM is under it")
+        cipher = self.package.keys.cipher(keyid)
+        return None if cipher is None else cipher.algorithm
+
+    def _allocate(self, request: wire.AddVm, nvdimm: Nvdimm | None) -> Region:
+        """Set aside a VM's RAM, and right behind it its NVDIMM, which lies where it always did."""
+        size_bytes = request.memory_bytes + request.dimm_bytes
+        if request.nvdimm is not None:
+            size_bytes += request.nvdimm.size_bytes
+        if nvdimm is None:
+            return self.dram.allocate(size_bytes)
+        base = nvdimm.base - request.memory_bytes
+        if base < 0 or base + size_bytes > self.dram.size_bytes:
+            raise AddressError(
+                f"{nvdimm.path} lies at {nvdimm.base:#x} of DRAM, and of"
+                f" {self.dram.size_bytes} bytes of it there are not {request.memory_bytes}"
+                f" below and {size_bytes - request.memory_bytes} above",
+                address=nvdimm.base,
+                hint="give the guest the memory that it had, or make DRAM larger",
+            )
+        return self.dram.allocate(size_bytes, base)
+
+    def _take_out(self, vm: Vm) -> None:
+        """Take a VM's NVDIMM, if it has one, out of DRAM."""
+        if vm.nvdimm is not None:
+            self.dram.detach(vm.nvdimm.cells)
+            vm.nvdimm.close()
+
     def _remove_vm(self, vm: Vm) -> None:
         unlink(vm)
+        self._take_out(vm)
         self._keyids.release(vm)
         self.dram.free(vm.region)
         del self.vms[vm.uuid]
@@ -146,9 +220,22 @@ class Requests:
             raise MktmeError(f"VM {vm.name} has no window")
         vm.path.release(request.ram_offset // PAGE_BYTES)
 
+    async def _discard(self, request: wire.DiscardMemory) -> None:
+        vm, offset, size = self._vm(request.vm), request.ram_offset, request.size_bytes
+        first = vm.region.size_bytes - vm.dimm_bytes
+        if offset < first or size <= 0 or offset + size > vm.region.size_bytes:
+            raise AddressError("no memory that could be unplugged", address=offset)
+        if offset % PAGE_BYTES or size % PAGE_BYTES:
+            raise AddressError("what is unplugged is whole pages", address=offset)
+        async with vm.lock:
+            if vm.path is None:
+                raise MktmeError(f"VM {vm.name} is not linked")
+            vm.path.discard(offset // PAGE_BYTES, size // PAGE_BYTES)
+
     def _power(self, event: PowerEvent) -> None:
         for vm in tuple(self.vms.values()):
             unlink(vm)
+            self._take_out(vm)
             self.dram.free(vm.region)
         self.vms.clear()
         self.package.power(event)
@@ -179,7 +266,7 @@ class Requests:
     def _read_vm(self, request: wire.ReadVm) -> wire.Data:
         vm = self._vm(request.vm)
         offset, size = request.ram_offset, request.size_bytes
-        if offset < 0 or offset + size > vm.memory_bytes:
+        if offset < 0 or offset + size > vm.region.size_bytes:
             raise AddressError(f"no read of {size} bytes at RAM offset {offset:#x}", address=offset)
         return self._read(vm.region.base + offset, size, request.keyid)
 
@@ -198,7 +285,7 @@ class Requests:
         first, count = request.first_page, request.page_count
         if first < 0 or not 0 < count <= wire.READ_MAX_BYTES // 8:
             raise AddressError(f"no {count} pages of marks at page {first}", address=first)
-        if first + count > vm.memory_bytes // PAGE_BYTES:
+        if first + count > vm.region.size_bytes // PAGE_BYTES:
             raise AddressError("marks past the end of RAM", address=first)
         if vm.path is None:
             raise MktmeError(f"VM {vm.name} is not linked")

@@ -33,7 +33,7 @@ from mktme.datapath.kinds import DataPath
 from mktme.datapath.link import LinkError, VmLink
 from mktme.datapath.shadow import ShadowDataPath
 from mktme.datapath.window import Window
-from mktme.engine.dram import Dram
+from mktme.engine.dram import Dram, Region
 from mktme.engine.errors import MktmeError
 from mktme.engine.firmware import PlatformConfig
 from mktme.engine.xts import PAGE_BYTES
@@ -320,11 +320,14 @@ class EngineServer:
         finally:
             drains.cancel()
             await asyncio.gather(drains, return_exceptions=True)
-            release_link(vm)
-            self._announce(wire.VmUnlinked(vm=vm.uuid))
-            connection.shutdown(socket.SHUT_RDWR)
-            async with self._link_places:  # what came last may bring descriptors
-                await _aside(connection.close)
+            try:
+                await self._drains.persist(vm)
+            finally:
+                release_link(vm)
+                self._announce(wire.VmUnlinked(vm=vm.uuid))
+                connection.shutdown(socket.SHUT_RDWR)
+                async with self._link_places:  # what came last may bring descriptors
+                    await _aside(connection.close)
 
     async def _follow(self, vm: Vm) -> None:
         if isinstance(vm.path, InlineDataPath):
@@ -364,18 +367,38 @@ class EngineServer:
         if self._expected(hello) is not vm:
             raise LinkError(f"VM {hello.vm_uuid} is another by now")
         # Had it been linked before, DRAM would hold old memory where this one's is untouched.
-        self._requests.dram.erase(vm.region)
+        self._requests.dram.erase(Region(vm.region.base, vm.memory_bytes))
+        self._requests.dram.erase(Region(vm.region.end - vm.dimm_bytes, vm.dimm_bytes))
         path = self._data_path(vm, link)
+        if vm.nvdimm is not None:
+            await self._power_on_nvdimm(vm, hello, link, path)
         connection.send(ram_link.encode_answer())
         vm.link, vm.path, vm.connection = link, path, connection
         vm.follower = asyncio.current_task()
         return vm
 
+    async def _power_on_nvdimm(
+        self, vm: Vm, hello: ram_link.Hello, link: VmLink, path: AnyDataPath
+    ) -> None:
+        """Give a VM that is about to be linked what its NVDIMM holds."""
+        first_page, count = vm.nvdimm_pages
+        if all(block.ram_offset != vm.memory_bytes for block in hello.blocks):
+            raise LinkError(f"VM {vm.name} has no RAM block that is its NVDIMM")
+        if link.holes(first_page, first_page + count) != [(first_page, first_page + count)]:
+            raise LinkError(f"VM {vm.name}: its NVDIMM has contents before the engine gave it any")
+        if isinstance(path, ShadowDataPath):
+            for _ in path.load(first_page, count):
+                await asyncio.sleep(0)
+                # Its place in DRAM may be another's by now, which it must not read.
+                if self._expected(hello) is not vm:
+                    raise LinkError(f"VM {hello.vm_uuid} is another by now")
+        if vm.nvdimm is not None:
+            vm.nvdimm.set_clean(False)
+
     def _data_path(self, vm: Vm, link: VmLink) -> AnyDataPath:
         controller = self._requests.controller
         if vm.datapath is DataPath.INLINE:
-            pages = vm.memory_bytes // PAGE_BYTES
-            window = Window(pages, vm.window_bytes // PAGE_BYTES, vm.policy)
+            window = Window(link.ram_pages, vm.window_bytes // PAGE_BYTES, vm.policy)
             return InlineDataPath(link, controller, vm.region, window)
         if vm.track is None or link.userfaultfd is not None:
             raise LinkError(f"VM {vm.name} was announced as a shadow VM, and is none")
@@ -388,9 +411,10 @@ class EngineServer:
             raise LinkError(f"no VM {hello.vm_uuid} was announced to this engine")
         if vm.link is not None:
             raise LinkError(f"VM {hello.vm_uuid} is linked already")
-        if hello.ram_bytes != vm.memory_bytes:
+        if hello.ram_bytes != vm.region.size_bytes:
             raise LinkError(
-                f"VM {vm.name} has {hello.ram_bytes} bytes of RAM, {vm.memory_bytes} were announced"
+                f"VM {vm.name} has {hello.ram_bytes} bytes of RAM,"
+                f" {vm.region.size_bytes} were announced"
             )
         return vm
 

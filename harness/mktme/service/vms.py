@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import socket
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -25,12 +25,14 @@ from mktme.engine.dram import (
     ExclusionRecord,
     GuestSegment,
     IntegrityRecord,
+    ModuleRecord,
     PlatformRecord,
     Region,
     Sidecar,
     VmRecord,
     mac_path,
 )
+from mktme.engine.nvdimm import Nvdimm
 from mktme.engine.package import Package
 from mktme.engine.pages import first_line
 from mktme.engine.xts import LINE_BYTES, PAGE_BYTES
@@ -41,7 +43,11 @@ AnyDataPath: TypeAlias = ShadowDataPath | InlineDataPath
 
 @dataclass(slots=True)
 class Vm:
-    """One VM of the platform; `link` and `path` are there while its QEMU is."""
+    """One VM of the platform; `link` and `path` are there while its QEMU is.
+
+    Its region is its RAM, `memory_bytes`, then its NVDIMM if it has one, then `dimm_bytes` for what
+    can be plugged in.
+    """
 
     uuid: UUID
     name: str
@@ -52,6 +58,8 @@ class Vm:
     region: Region
     window_bytes: int = 0
     policy: Policy = Policy.TWO_QUEUES
+    nvdimm: Nvdimm | None = None
+    dimm_bytes: int = 0
     further_keyids: list[int] = field(default_factory=list)
     link: VmLink | None = None
     path: AnyDataPath | None = None
@@ -62,6 +70,12 @@ class Vm:
     drain_s: float = 0.0
     full: bool = False
     fault: str | None = None
+
+    @property
+    def nvdimm_pages(self) -> tuple[int, int]:
+        """Its NVDIMM's first page and how many there are, in RAM offsets."""
+        size_bytes = 0 if self.nvdimm is None else self.nvdimm.size_bytes
+        return self.memory_bytes // PAGE_BYTES, size_bytes // PAGE_BYTES
 
     def poisoned(self, poison: Poison) -> wire.PagePoisoned:
         """What control clients are told of a page whose integrity check failed."""
@@ -76,7 +90,7 @@ class Vm:
         )
 
 
-def describe(dram: Dram, package: Package, vms: Iterable[Vm]) -> Sidecar:
+def describe(dram: Dram, package: Package, vms: Collection[Vm]) -> Sidecar:
     """All that it takes, besides the keys, to read the DRAM image as it is now."""
     exclusion = package.tme.exclusion
     keys = package.keys.describe()
@@ -104,6 +118,11 @@ def describe(dram: Dram, package: Package, vms: Iterable[Vm]) -> Sidecar:
         ),
         pages=package.controller.page_ranges(),
         integrity=IntegrityRecord(file=mac_path(dram.path).name) if has_integrity else None,
+        modules=tuple(
+            ModuleRecord(base=one.base, size_bytes=one.size_bytes, file=str(one.path))
+            for one in (vm.nvdimm for vm in vms)
+            if one is not None
+        ),
     )
 
 

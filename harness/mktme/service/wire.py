@@ -84,6 +84,20 @@ class GetStatus(_Command, frozen=True):
     least_role: ClassVar[Role] = Role.OBSERVER
 
 
+class NvdimmFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An NVDIMM of a VM's.
+
+    Attributes:
+        path: its image, absolute; made if neither it nor its description is there.
+        size_bytes: its size, whole 2 MiB.
+        shared: whether it is under KeyID 0, whose key outlives VMs, and not under the VM's.
+    """
+
+    path: str
+    size_bytes: Annotated[int, msgspec.Meta(gt=0)]
+    shared: bool = False
+
+
 class AddVm(_Command, frozen=True):
     """Announce a VM: program its KeyID and set aside its DRAM; its QEMU may then link.
 
@@ -95,6 +109,8 @@ class AddVm(_Command, frozen=True):
         policy: `inline`: which pages leave a full window.
         mode: how its KeyID is programmed: direct, random or no-encrypt.
         key_file: absolute path of the key, for mode direct only.
+        nvdimm: memory behind its RAM that outlives it.
+        dimm_bytes: memory behind all that, for what is plugged in while it runs; whole pages.
     """
 
     vm: UUID
@@ -107,6 +123,8 @@ class AddVm(_Command, frozen=True):
     datapath: DataPath = DataPath.SHADOW
     window_bytes: int | None = None
     policy: Policy = Policy.TWO_QUEUES
+    nvdimm: NvdimmFile | None = None
+    dimm_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class RemoveVm(_Command, frozen=True):
@@ -265,6 +283,19 @@ class ReleasePage(_Command, frozen=True):
     ram_offset: int
 
 
+class DiscardMemory(_Command, frozen=True):
+    """Forget what a DIMM held that was unplugged: whoever plugs it in again finds zeros.
+
+    Attributes:
+        ram_offset: of the first byte, a multiple of 4096, behind RAM and NVDIMM.
+        size_bytes: how much, a multiple of 4096.
+    """
+
+    vm: UUID
+    ram_offset: int
+    size_bytes: int
+
+
 class PowerPlatform(_Command, frozen=True):
     """Let a power event happen: every VM ends, and firmware sets the platform up again."""
 
@@ -288,6 +319,7 @@ Command: TypeAlias = (
     | ClearKey
     | AssignPages
     | ReleasePage
+    | DiscardMemory
     | PowerPlatform
 )
 Request: TypeAlias = Hello | Command

@@ -12,6 +12,10 @@ system calls that copy, and so the kernel's own vhost. These do not come that wa
   pages behind that the kernel's write tracking had not reported; of 30 buffered ones none did;
 - memory that is no shared memfd, which the plugin does not find (``qemu-plugin/ram_link.c``).
 
+Memory devices are refused but for those that the engine was told of: an NVDIMM of libvirt's own is
+a file with the guest's plaintext, and its DIMMs bring memory that comes after the plugin has
+looked.
+
 Huge and preallocated pages are all the same to `shadow`, while `inline` needs an empty window and
 pages of 4 KiB.
 
@@ -36,7 +40,8 @@ _ANOTHER_PROCESS: Final = "it gives guest RAM to another process"
 _A_DEVICE: Final = "it gives guest RAM to a device of the host"
 _PINNED: Final = "the host transfers data to and from pinned guest pages"
 _NOT_FOUND: Final = "guest RAM has to be a shared memfd"
-_ADDED: Final = "the engine has no place in DRAM for memory beside the guest's RAM"
+_ADDED: Final = "the engine has no place in DRAM for memory that it was not told of"
+_AT_REST: Final = "the engine does not know of it: its contents would be plaintext, or lost"
 _FROM_THE_START: Final = "all of guest RAM would be in memory before there is a window"
 _HUGE: Final = "a window takes pages of 4 KiB"
 
@@ -46,7 +51,10 @@ _USE_EMULATED: Final = "use a device that QEMU emulates; igb is one with SR-IOV"
 _USE_FILE: Final = "use <disk type='file'> or 'block' with device='disk' and the default cache"
 _USE_CACHE: Final = "leave out cache= and io=, or use cache='writeback' and io='threads'"
 _USE_MEMFD: Final = "use <memoryBacking><source type='memfd'/><access mode='shared'/>"
-_USE_MEMORY: Final = "give the guest all of its memory as RAM: <memory>"
+_USE_NVDIMM: Final = "use --nvdimm FILE:SIZE, whose file is ciphertext"
+_USE_MEMORY: Final = (
+    "give the guest its memory as RAM, <memory>, or what can be plugged in as dimms="
+)
 _OR_SHADOW: Final = "leave it out, or use the shadow data path"
 
 _COPIED: Final = ("usb", "scsi")
@@ -107,14 +115,17 @@ _RULES: Final = (
     _Rule("|transport", "rdma(:.*)?", _A_DEVICE, "migrate by tcp: or unix:", option="-incoming"),
     _Rule(_KIND, "memory-backend-(?!memfd).*", _NOT_FOUND, _USE_MEMFD),
     _Rule("share", _OFF, _NOT_FOUND, _USE_MEMFD),
-    _Rule(_KIND, "pc-dimm|nvdimm|virtio-p?mem.*|cxl-type3", _ADDED, _USE_MEMORY, option="-device"),
+    _Rule(_KIND, "pc-dimm|virtio-p?mem.*|cxl-type3", _ADDED, _USE_MEMORY, option="-device"),
     _Rule("prealloc", _ON, _FROM_THE_START, _OR_SHADOW, inline=True),
     _Rule("mem-lock", _ON, _FROM_THE_START, _OR_SHADOW, inline=True),
     _Rule("hugetlb", _ON, _HUGE, _OR_SHADOW, inline=True),
 )
 
 
-def refuse_bypasses(xml: str | ET.Element, *, inline: bool) -> None:
+_UNKNOWN_NVDIMM: Final = _Rule(_KIND, "nvdimm", _AT_REST, _USE_NVDIMM, option="-device")
+
+
+def refuse_bypasses(xml: str | ET.Element, *, inline: bool, nvdimm: bool = False) -> None:
     """Refuse a guest that has something which would bypass its data path.
 
     What is done to it once it runs (devices that are attached, migration) is not looked at.
@@ -122,13 +133,19 @@ def refuse_bypasses(xml: str | ET.Element, *, inline: bool) -> None:
     Args:
         xml: the libvirt domain.
         inline: whether its data path is `inline`, not `shadow`.
+        nvdimm: whether the engine knows that it has an NVDIMM.
 
     Raises:
         BypassError: it has; the hint names what to use in its place.
     """
     domain = ET.fromstring(xml) if isinstance(xml, str) else xml
-    for found in (_in_memory, _in_devices, _in_commandline):
-        for what, why, instead in found(domain, inline):
+    rules = _RULES if nvdimm else (*_RULES, _UNKNOWN_NVDIMM)
+    for found in (
+        _in_memory(domain, inline),
+        _in_devices(domain, inline),
+        _in_commandline(domain, inline, rules),
+    ):
+        for what, why, instead in found:
             raise BypassError(f"{what}: {why}", hint=instead)
 
 
@@ -168,6 +185,8 @@ def _in_devices(domain: ET.Element, inline: bool) -> Iterator[_Refusal]:
                 yield what, _A_DEVICE, _USE_EMULATED
             case "hostdev" if kind not in _COPIED:
                 yield what, _A_DEVICE, _USE_EMULATED
+            case "memory" if device.get("model") == "nvdimm":
+                yield "<memory model='nvdimm'>", _AT_REST, _USE_NVDIMM
             case "memory":
                 yield f"<memory model='{device.get('model')}'>", _ADDED, _USE_MEMORY
             case "video" if _attribute(device, "model", "blob") == "on":
@@ -193,7 +212,9 @@ def _in_disk(disk: ET.Element, inline: bool) -> Iterator[_Refusal]:
         yield f"<disk> with io='{io}'", _PINNED, _USE_CACHE
 
 
-def _in_commandline(domain: ET.Element, inline: bool) -> Iterator[_Refusal]:
+def _in_commandline(
+    domain: ET.Element, inline: bool, rules: tuple[_Rule, ...]
+) -> Iterator[_Refusal]:
     option = ""
     for argument in domain.findall(f"{_QEMU}commandline/{_QEMU}arg"):
         text = argument.get("value", "")
@@ -210,7 +231,7 @@ def _in_commandline(domain: ET.Element, inline: bool) -> Iterator[_Refusal]:
                     pass
             continue
         for key, value in _settings(text):
-            for rule in _RULES:
+            for rule in rules:
                 if (inline or not rule.inline) and rule.refuses(option, key, value):
                     setting = f"{key}={value}" if key else value
                     yield f"{option} {setting}", rule.why, rule.instead

@@ -15,10 +15,12 @@ from mktme.engine.dram import REGION_ALIGN_BYTES
 from mktme.engine.keys import KeyMode
 from mktme.engine.xts import PAGE_BYTES, Algorithm
 from mktme.vm.disk_images import DiskImage
+from mktme.vm.domain import DIMM_STEP_BYTES
 from mktme.vm.hardware import USUAL_HARDWARE, Firmware, Hardware
 from mktme.vm.host import UsageError
 from mktme.vm.images import GuestImage
 from mktme.vm.pages import GuestPages
+from mktme.vm.sizes import parse_size
 from mktme.vm.ssh import check_port
 
 # An instruction and its operands, page tables, and a device's buffers at once, many times over.
@@ -31,6 +33,46 @@ DISK_BOOT_TIMEOUT_S: Final = 600.0
 MIN_DISK_MEMORY_BYTES: Final = 256 << 20
 # libvirt gives x86 guests their memory in steps of 1 MiB (qemuDomainGetMemorySizeAlignment).
 _MEMORY_STEP_BYTES: Final = 1 << 20
+# Where memory may come above 4 GiB, Linux keeps as much for devices that do not reach there.
+_SWIOTLB_BYTES: Final = 64 << 20
+MAX_DIMMS: Final = 7  # with an NVDIMM, the plugin's MKTME_MAX_MODULES
+_NVDIMM_HINT: Final = "write it as FILE:SIZE, such as pmem.img:64M; sizes are whole 2 MiB"
+
+
+@dataclass(frozen=True, slots=True)
+class Nvdimm:
+    """An NVDIMM as asked for: memory that outlives its guest.
+
+    Attributes:
+        path: its image, with a description and MACs beside it; made if it is not there.
+        size_bytes: its size, whole 2 MiB.
+        shared: whether it is under the TME key (KeyID 0) and not under the guest's.
+    """
+
+    path: Path
+    size_bytes: int
+    shared: bool = False
+
+
+def parse_nvdimm(text: str) -> Nvdimm:
+    """An NVDIMM as people write it: FILE:SIZE.
+
+    Raises:
+        UsageError: it is none.
+    """
+    path, _, size = text.rpartition(":")
+    if not path:
+        raise UsageError(f"{text!r} is no NVDIMM", hint=_NVDIMM_HINT)
+    nvdimm = Nvdimm(Path(path), parse_size(size))
+    _check_nvdimm(nvdimm)
+    return nvdimm
+
+
+def _check_nvdimm(nvdimm: Nvdimm) -> None:
+    if nvdimm.size_bytes <= 0 or nvdimm.size_bytes % REGION_ALIGN_BYTES:
+        raise UsageError(
+            f"{nvdimm.size_bytes} bytes of NVDIMM are not whole 2 MiB", hint=_NVDIMM_HINT
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +98,8 @@ class VmConfig:
         ssh_port: of the loopback interface, for a guest that boots its disk; None for any.
         authorized_keys: who else may log in to such a guest: lines of authorized_keys.
         boot_timeout_s: how long it may take to its shell; None for what is plenty.
+        nvdimm: memory that outlives it, None for a guest without.
+        dimms: sizes of memory that can be plugged in while it runs (`Vm.plug_in`).
     """
 
     image: GuestImage | DiskImage
@@ -75,6 +119,8 @@ class VmConfig:
     ssh_port: int | None = None
     authorized_keys: tuple[str, ...] = ()
     boot_timeout_s: float | None = None
+    nvdimm: Nvdimm | None = None
+    dimms: tuple[int, ...] = ()
 
     @property
     def boot_deadline_s(self) -> float:
@@ -82,6 +128,16 @@ class VmConfig:
         if self.boot_timeout_s is not None:
             return self.boot_timeout_s
         return BOOT_TIMEOUT_S if isinstance(self.image, GuestImage) else DISK_BOOT_TIMEOUT_S
+
+    @property
+    def nvdimm_bytes(self) -> int:
+        """Size of its NVDIMM, 0 without one."""
+        return 0 if self.nvdimm is None else self.nvdimm.size_bytes
+
+    @property
+    def all_bytes(self) -> int:
+        """Its RAM, NVDIMM and DIMMs, plugged in or not: what it takes of DRAM."""
+        return self.memory_bytes + self.nvdimm_bytes + sum(self.dimms)
 
     @property
     def plain(self) -> bool:
@@ -120,6 +176,24 @@ def check_config(config: VmConfig) -> None:
         check_port(config.ssh_port)
     if config.pages and config.plain:
         raise UsageError("pages of a plain guest have no KeyIDs")
+    if config.nvdimm is not None:
+        if config.plain:
+            raise UsageError("an NVDIMM of a plain guest would not be encrypted")
+        _check_nvdimm(config.nvdimm)
+    if any(size <= 0 or size % DIMM_STEP_BYTES for size in config.dimms):
+        raise UsageError(
+            "a DIMM is whole 128 MiB: Linux takes no less", hint="give multiples of 128M"
+        )
+    if len(config.dimms) > MAX_DIMMS:
+        raise UsageError(f"at most {MAX_DIMMS} DIMMs can be plugged in")
+    if config.dimms and config.plain:
+        raise UsageError("DIMMs are for guests with an engine")
+    least = MIN_MEMORY_BYTES + _SWIOTLB_BYTES
+    if (config.nvdimm is not None or config.dimms) and config.memory_bytes < least:
+        raise UsageError(
+            f"{config.memory_bytes >> 20} MiB are too little for a guest with memory devices",
+            hint=f"--memory {least >> 20}M or more",
+        )
 
 
 def check_data_path(

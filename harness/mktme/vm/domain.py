@@ -9,7 +9,7 @@ import re
 import threading
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,10 @@ OVMF_VARS: Final = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 _NET_SLOT: Final = "0x12"
 NETDEV: Final = "mktme-net"
 """QEMU's name of the network that ssh goes through."""
+_GIB: Final = 1 << 30
 _FOUR_GIB: Final = 4 << 30
+DIMM_STEP_BYTES: Final = 128 << 20
+"""Linux takes memory that is plugged in by so much (MIN_MEMORY_BLOCK_SIZE)."""
 # From how much RAM on there is some above the PCI hole, and how much is then below (QEMU
 # hw/i386/pc_q35.c and pc_piix.c).
 _PCI_HOLE: Final = {
@@ -45,7 +48,8 @@ _PCI_HOLE: Final = {
 }
 # "info mtree -f" prints the flat view of an address space, one range a line.
 _MTREE_RAM: Final = re.compile(
-    r"^\s*([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, ram\): (\S+)(?: @([0-9a-f]{16}))?", re.M
+    r"^\s*([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, (?:nv-)?ram\): (\S+)(?: @([0-9a-f]{16}))?",
+    re.M,
 )
 
 # A machine check that software must recover from (SRAR): "data load", an address that is valid and
@@ -86,6 +90,8 @@ class DomainSpec:
         plugin: the `-plugin` argument, None to run without.
         inline: whether its memory is a window, which bears less than all of it would.
         disk: a raw image for it to have as its first virtio disk, None for a guest without.
+        nvdimm_bytes: size of its NVDIMM, 0 for a guest without.
+        dimms: sizes of what can be plugged in while it runs.
         console_socket: where QEMU is to listen for the serial console.
         boot: for a guest that boots its disk; None for one whose kernel QEMU loads.
         hardware: what else it has.
@@ -103,6 +109,14 @@ class DomainSpec:
     disk: Path | None = None
     boot: DiskBoot | None = None
     hardware: Hardware = USUAL_HARDWARE
+    nvdimm_bytes: int = 0
+    dimms: tuple[int, ...] = ()
+
+    @property
+    def modules(self) -> list[Module]:
+        """Its memory beside its RAM."""
+        machine = self.hardware.machine
+        return modules_of(self.memory_bytes, self.nvdimm_bytes, self.dimms, machine)
 
 
 # All that TCG can do, as an Intel processor with TME (Sapphire Rapids): Linux looks for TME, and
@@ -120,9 +134,78 @@ def ram_below_4g(memory_bytes: int, machine: Machine = Machine.Q35) -> int:
 
 
 def guest_physical(ram_offset: int, memory_bytes: int, machine: Machine = Machine.Q35) -> int:
-    """The guest-physical address of a RAM offset."""
+    """The guest-physical address of an offset in a machine's RAM."""
     low = ram_below_4g(memory_bytes, machine)
     return ram_offset if ram_offset < low else ram_offset - low + _FOUR_GIB
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """Memory of a guest beside its RAM: an NVDIMM, or a DIMM that can be plugged in.
+
+    Attributes:
+        name: of its memory inside QEMU.
+        ram_offset: what comes before it.
+        guest_physical: where it is, or would be.
+    """
+
+    name: str
+    ram_offset: int
+    guest_physical: int
+    size_bytes: int
+
+
+def modules_of(
+    memory_bytes: int,
+    nvdimm_bytes: int,
+    dimms: tuple[int, ...],
+    machine: Machine = Machine.Q35,
+) -> list[Module]:
+    """A machine's NVDIMM, if it has any, and its DIMMs, one behind the other.
+
+    QEMU's memory devices begin at a GiB behind all RAM (hw/i386/pc.c, pc_memory_init), with room
+    for each to be aligned to one. Linux takes DIMMs in blocks of 128 MiB.
+    """
+    named = [("nvdimm0", nvdimm_bytes)] if nvdimm_bytes else []
+    named += [(f"dimm{index}", size_bytes) for index, size_bytes in enumerate(dimms)]
+    address = _FOUR_GIB + memory_bytes - ram_below_4g(memory_bytes, machine)
+    modules: list[Module] = []
+    offset = memory_bytes
+    for name, size_bytes in named:
+        alignment = DIMM_STEP_BYTES if modules else _GIB
+        address = -(-address // alignment) * alignment
+        modules.append(Module(name, offset, address, size_bytes))
+        address += size_bytes
+        offset += size_bytes
+    return modules
+
+
+def _modules(spec: DomainSpec) -> list[str]:
+    """QEMU's options for modules.
+
+    libvirt's <memory model='nvdimm'> would have QEMU map a file, with plaintext in it. Its 'dimm'
+    would make the memory when it is plugged in, which nothing tells a plugin of; so all memory that
+    there can be is made here, and is empty. QEMU joins options that are given again with those
+    that libvirt gives.
+    """
+    modules = spec.modules
+    most = spec.memory_bytes + sum(one.size_bytes for one in modules)
+    options = ["-machine", "nvdimm=on", "-m", f"slots={len(modules)},maxmem={most}b"]
+    for one in modules:
+        backend = {"qom-type": "memory-backend-memfd", "id": one.name, "share": True}
+        options += ["-object", json.dumps(backend | {"size": one.size_bytes})]
+        if one.name == "nvdimm0":
+            options += ["-device", json.dumps({"driver": "nvdimm"} | _plugged(one))]
+    return options
+
+
+def _plugged(module: Module) -> dict[str, str | int]:
+    """A module's device."""
+    return {
+        "id": f"{module.name}-device",
+        "memdev": module.name,
+        "addr": module.guest_physical,
+    }
 
 
 def domain_xml(spec: DomainSpec) -> str:
@@ -177,6 +260,8 @@ def domain_xml(spec: DomainSpec) -> str:
         values += ["-device", f"virtio-net-pci,netdev={NETDEV},addr={_NET_SLOT}"]
     if spec.plugin is not None:
         values += ["-plugin", spec.plugin]
+    if spec.modules:
+        values += _modules(spec)
     for value in values:
         ET.SubElement(arguments, f"{{{_QEMU_NAMESPACE}}}arg", value=value)
     return ET.tostring(domain, encoding="unicode")
@@ -236,7 +321,8 @@ class Domain:
             flags |= libvirt.VIR_DOMAIN_START_AUTODESTROY
         xml = domain_xml(self.spec)
         if self.spec.plugin is not None:
-            refuse_bypasses(xml, inline=self.spec.inline)
+            nvdimm = self.spec.nvdimm_bytes > 0
+            refuse_bypasses(xml, inline=self.spec.inline, nvdimm=nvdimm)
         try:
             self._domain = self._host.connection.createXML(xml, flags)
         except libvirt.libvirtError as error:
@@ -522,6 +608,65 @@ class Domain:
         self._domain = self._call(lambda: connection.lookupByUUID(self.spec.uuid.bytes))
         self.console.reconnect()
 
+    def guest_physical(self, ram_offset: int) -> int:
+        """The guest-physical address of an offset in all of its memory."""
+        for one in self.spec.modules:
+            if 0 <= ram_offset - one.ram_offset < one.size_bytes:
+                return one.guest_physical + ram_offset - one.ram_offset
+        spec = self.spec
+        return guest_physical(ram_offset, spec.memory_bytes, spec.hardware.machine)
+
+    def plug_in(self, dimm: int) -> None:
+        """Plug one of the guest's DIMMs in; the guest is told, and takes it as it sees fit.
+
+        Raises:
+            VmError: it is there already, or QEMU refuses.
+        """
+        module = self._dimm(dimm)
+        self.qmp("device_add", driver="pc-dimm", **_plugged(module))
+
+    def unplug(self, dimm: int, timeout_s: float) -> Module:
+        """Have the guest give one of its DIMMs back; returns which memory that was.
+
+        Raises:
+            VmError: it is not there, or the guest has not given it back in time.
+        """
+        module = self._dimm(dimm)
+        device = _plugged(module)["id"]
+        with self._qemu_event("DEVICE_DELETED", lambda told: told.get("device") == device) as gone:
+            self.qmp("device_del", id=device)
+            if not gone.wait(timeout_s):
+                raise VmError(f"{self.label} has not given {module.name} back in {timeout_s:g} s")
+        return module
+
+    def _dimm(self, index: int) -> Module:
+        dimms = [one for one in self.spec.modules if one.name.startswith("dimm")]
+        if not 0 <= index < len(dimms):
+            raise VmError(f"{self.label} has {len(dimms)} DIMMs to plug in, and no number {index}")
+        return dimms[index]
+
+    @contextlib.contextmanager
+    def _qemu_event(
+        self, name: str, is_it: Callable[[dict[str, Any]], bool]
+    ) -> Iterator[threading.Event]:
+        """Within the `with`, wait for one of QEMU's own events."""
+        came = threading.Event()
+
+        def note(*event: Any) -> None:
+            if is_it(json.loads(event[-2])):
+                came.set()
+
+        connection = self._host.connection
+        handle = self._call(
+            lambda: libvirt_qemu.qemuMonitorEventRegister(
+                connection, self._domain, name, note, None
+            )
+        )
+        try:
+            yield came
+        finally:
+            self._call(lambda: libvirt_qemu.qemuMonitorEventDeregister(connection, handle))
+
     def run_job(self, command: str, timeout_s: float, **arguments: Any) -> None:
         """Run one of QEMU's jobs to its end (QMP commands that take a ``job-id``).
 
@@ -529,25 +674,11 @@ class Domain:
             VmError: it failed, or has not ended in time.
         """
         job = f"mktme-{command}"
-        concluded = threading.Event()
-
-        def note(*event: Any) -> None:
-            details = json.loads(event[-2])
-            if (details["id"], details["status"]) == (job, "concluded"):
-                concluded.set()
-
-        connection = self._host.connection
-        handle = self._call(
-            lambda: libvirt_qemu.qemuMonitorEventRegister(
-                connection, self._domain, "JOB_STATUS_CHANGE", note, None
-            )
-        )
-        try:
+        done = {"id": job, "status": "concluded"}
+        with self._qemu_event("JOB_STATUS_CHANGE", lambda told: told == done) as concluded:
             self.qmp(command, **{"job-id": job}, **arguments)
             if not concluded.wait(timeout_s):
                 raise VmError(f"{self.label}: {command} has not ended after {timeout_s:g} s")
-        finally:
-            self._call(lambda: libvirt_qemu.qemuMonitorEventDeregister(connection, handle))
         state = next(one for one in self.qmp("query-jobs") if one["id"] == job)
         self.qmp("job-dismiss", id=job)
         if "error" in state:
@@ -626,7 +757,7 @@ class Domain:
         Raises:
             VmError: they differ: what the store tracker marks would be other lines.
         """
-        ranges = guest_ram_ranges(self.monitor("info mtree -f"))
+        ranges = guest_ram_ranges(self.monitor("info mtree -f"), self.spec.modules)
         if not ranges:
             raise VmError("QEMU shows no guest RAM in its memory tree")
         for start, stop, offset in ranges:
@@ -668,12 +799,13 @@ class Domain:
             self._domain.destroy()
 
 
-def guest_ram_ranges(mtree: str) -> list[tuple[int, int, int]]:
+def guest_ram_ranges(mtree: str, modules: Iterable[Module] = ()) -> list[tuple[int, int, int]]:
     """Guest RAM in QEMU's ``info mtree -f``: (first address, address after it, RAM offset)."""
     views = mtree.split("FlatView #")
     system = next((view for view in views if 'AS "memory"' in view), "")
+    offsets = {"pc.ram": 0} | {one.name: one.ram_offset for one in modules}
     return [
-        (int(start, 16), int(last, 16) + 1, int(offset or "0", 16))
+        (int(start, 16), int(last, 16) + 1, offsets[name] + int(offset or "0", 16))
         for start, last, name, offset in _MTREE_RAM.findall(system)
-        if name == "pc.ram"
+        if name in offsets
     ]

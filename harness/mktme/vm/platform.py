@@ -43,7 +43,7 @@ from mktme.service.server import CONTROL_SOCKET
 from mktme.vm.config import VmConfig, check_config, with_window
 from mktme.vm.console import VmError
 from mktme.vm.disk_images import DiskImage, make_seed, overlay
-from mktme.vm.domain import DiskBoot, Domain, DomainSpec, guest_physical, ram_below_4g
+from mktme.vm.domain import DiskBoot, Domain, DomainSpec, modules_of, ram_below_4g
 from mktme.vm.host import EnvironmentUnfitError, Host, UsageError, plugin_path
 from mktme.vm.pages import GuestPages, assign_pages
 from mktme.vm.reaper import ENGINE_PID_FILE, process_dir
@@ -106,6 +106,25 @@ class Vm:
         offset = pages.ram_offset(self.config.memory_bytes, self.config.hardware.machine)
         keyid = assign_pages(engine, self.uuid, pages, offset, self.config.algorithm)
         return self.keyid if keyid is None else keyid
+
+    def plug_in(self, dimm: int) -> None:
+        """Plug one of its DIMMs in, by its place in the configuration.
+
+        Raises:
+            VmError: QEMU refuses, or has it elsewhere than the engine expects it.
+        """
+        self.domain.plug_in(dimm)
+        self.domain.check_guest_map(self.status().segments)
+
+    def unplug(self, dimm: int, timeout_s: float) -> None:
+        """Have the guest give one of its DIMMs back, and DRAM forget it.
+
+        Raises:
+            VmError: the guest has not given it back in time.
+        """
+        module = self.domain.unplug(dimm, timeout_s)
+        engine = self.require_engine()
+        engine.discard_memory(self.uuid, module.ram_offset, module.size_bytes)
 
     def status(self) -> wire.VmStatus:
         """The engine's view of this VM."""
@@ -240,7 +259,7 @@ class Platform:
             require_fault_handling()
         elif config.track is not None and config.track.pages:
             require_write_tracking()
-        require_memory(config.memory_bytes)
+        require_memory(config.all_bytes)
         one = uuid.uuid4()
         unique = f"mktme-{name}-{one.hex[:8]}"
         with contextlib.ExitStack() as stack:
@@ -258,6 +277,8 @@ class Platform:
                     datapath=config.datapath,
                     window_bytes=config.window_bytes,
                     policy=config.policy,
+                    nvdimm=_nvdimm_file(config),
+                    dimm_bytes=sum(config.dimms),
                 )
                 stack.callback(self._forget, one)
                 for pages in config.pages:
@@ -281,6 +302,8 @@ class Platform:
                 disk=config.disk,
                 boot=boot_disk,
                 hardware=config.hardware,
+                nvdimm_bytes=config.nvdimm_bytes,
+                dimms=config.dimms,
             )
             transcript = self.run_dir / f"{unique}.log"
             why = functools.partial(self._why_lost, one)
@@ -400,6 +423,10 @@ class Platform:
         }
         # QEMU splits options at commas; one that belongs to a value is doubled.
         values = [str(path), *(f"{key}={value}" for key, value in options.items())]
+        modules = modules_of(
+            config.memory_bytes, config.nvdimm_bytes, config.dimms, config.hardware.machine
+        )
+        values += [f"module={one.size_bytes}@{one.guest_physical}" for one in modules]
         return ",".join(value.replace(",", ",,") for value in values)
 
     def _wait_linked(self, one: uuid.UUID, domain: Domain) -> None:
@@ -545,9 +572,7 @@ class Platform:
         if domain is None:
             return  # it is gone, or never was: who waits for the page waits
         line = first_line(event.lines)
-        spec = domain.spec
-        page = guest_physical(event.ram_offset, spec.memory_bytes, spec.hardware.machine)
-        address = page + line * LINE_BYTES
+        address = domain.guest_physical(event.ram_offset) + line * LINE_BYTES
         self._notice(
             f"{domain.label}: memory at {address:#x} (KeyID {event.keyid}) is not what was written"
             f" there ({event.kind.value}): machine check"
@@ -570,6 +595,14 @@ class Platform:
         else:
             domain.release()
             self._notice(f"{domain.label} goes on: all it wrote is in DRAM")
+
+
+def _nvdimm_file(config: VmConfig) -> wire.NvdimmFile | None:
+    if config.nvdimm is None:
+        return None
+    one = config.nvdimm
+    path = str(one.path.absolute())
+    return wire.NvdimmFile(path=path, size_bytes=one.size_bytes, shared=one.shared)
 
 
 def require_memory(needed_bytes: int) -> None:

@@ -90,7 +90,9 @@ def strategy_of(kind: inspect.Type, name: str = "") -> st.SearchStrategy[Any]:
             return st.sampled_from(VMS) | st.uuids()
         case inspect.EnumType(cls=cls):
             return st.sampled_from([one.value for one in cls])
-        case inspect.StrType() if name.endswith("_file"):
+        case inspect.BoolType():
+            return st.booleans()
+        case inspect.StrType() if name.endswith("_file") or name == "path":
             return FILE_NAMES.map(lambda file: f"{{files}}/{file}")
         case inspect.StrType():
             return st.text(max_size=300)

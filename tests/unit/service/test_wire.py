@@ -56,6 +56,7 @@ REQUESTS: list[wire.Request] = [
     wire.ClearKey(keyid=5),
     wire.AssignPages(vm=VM, ram_offset=4096, size_bytes=8192, keyid=0),
     wire.ReleasePage(vm=VM, ram_offset=4096),
+    wire.DiscardMemory(vm=VM, ram_offset=4096, size_bytes=8192),
     wire.PowerPlatform(event=PowerEvent.WARM_RESET),
 ]
 TRAFFIC = wire.Traffic(

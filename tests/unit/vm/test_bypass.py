@@ -195,7 +195,8 @@ BYPASSING_DEVICES = [
     ),
     ("<input type='vhostuser'/>", "<input type='passthrough'/>", "emulates"),
     ("<crypto model='virtio' type='vhostuser'/>", "<crypto model='virtio'/>", "emulates"),
-    ("<memory model='nvdimm'/>", "<memballoon model='virtio'/>", "<memory>"),
+    ("<memory model='nvdimm'/>", "<memballoon model='virtio'/>", "--nvdimm"),
+    ("<memory model='virtio-mem'/>", "<memballoon model='virtio'/>", "<memory>"),
     ("<memory model='dimm'/>", "<vsock model='virtio'/>", "<memory>"),
 ]
 
@@ -295,7 +296,8 @@ BYPASSING_OPTIONS = [
         "memfd",
     ),
     (("-mem-path", "/dev/hugepages"), ("-name", "mem-path"), "memfd"),
-    (("-device", "nvdimm,memdev=a"), ("-machine", "q35,nvdimm=on"), "<memory>"),
+    (("-device", "nvdimm,memdev=a"), ("-machine", "q35,nvdimm=on"), "--nvdimm"),
+    (("-device", "pc-dimm,memdev=a"), ("-m", "slots=1,maxmem=1G"), "<memory>"),
     (("-device", "virtio-mem-pci,memdev=a"), ("-device", "virtio-balloon-pci"), "<memory>"),
     (("-readconfig", "/a"), ("-nodefaults",), "options themselves"),
 ]
@@ -311,6 +313,23 @@ def test_qemu_options_past_both_data_paths(
     assert error.hint is not None
     assert instead in error.hint
     refuse_bypasses(domain(*allowed), inline=inline)
+
+
+@pytest.mark.parametrize("inline", BOTH)
+def test_an_nvdimm_that_the_engine_knows_is_allowed(inline: bool) -> None:
+    device = ("-device", '{"driver":"nvdimm","memdev":"a"}')
+    backend = ("-object", '{"qom-type":"memory-backend-memfd","id":"a","share":true,"size":4096}')
+    refuse_bypasses(domain(*backend, *device), inline=inline, nvdimm=True)
+    with pytest.raises(BypassError, match="driver=nvdimm"):
+        refuse_bypasses(domain(*backend, *device), inline=inline)
+    for others in (
+        ("-object", "memory-backend-file,id=a,mem-path=/a,size=1G,share=on"),
+        ("-object", "memory-backend-memfd,id=a,size=1G,share=off"),
+        ("-device", "pc-dimm,memdev=a"),
+        ("-device", "virtio-pmem-pci,memdev=a"),
+    ):
+        with pytest.raises(BypassError):
+            refuse_bypasses(domain(*others, *device), inline=inline, nvdimm=True)
 
 
 def test_json_that_is_none_is_refused() -> None:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import uuid
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -15,7 +17,14 @@ import pytest
 from mktme.engine.dram import GuestSegment
 from mktme.vm.bypass import BypassError, refuse_bypasses
 from mktme.vm.console import VmError
-from mktme.vm.domain import Domain, DomainSpec, domain_xml, guest_ram_ranges, ram_below_4g
+from mktme.vm.domain import (
+    Domain,
+    DomainSpec,
+    domain_xml,
+    guest_ram_ranges,
+    modules_of,
+    ram_below_4g,
+)
 from mktme.vm.host import Host
 from mktme.vm.images import GuestImage, Manifest, Package
 
@@ -221,6 +230,66 @@ def test_ram_in_qemus_memory_tree() -> None:
     assert guest_ram_ranges(MTREE_4G) == expected
     # The monitor's lines end as a terminal's.
     assert guest_ram_ranges(MTREE_4G.replace("\n", "\r\n")) == expected
+
+
+def test_modules_in_qemus_memory_tree_are_behind_all_ram() -> None:
+    modules = modules_of(4 * GIB, 128 * MIB, (256 * MIB,))
+    tree = MTREE_4G.replace(
+        "\nFlatView #3",
+        "  0000000180000000-0000000187ffffff (prio 0, nv-ram): nvdimm0\n"
+        "  0000000188000000-0000000197ffffff (prio 0, ram): dimm0\n\nFlatView #3",
+    )
+    assert guest_ram_ranges(tree, modules)[3:] == [
+        (6 * GIB, 6 * GIB + 128 * MIB, 4 * GIB),
+        (6 * GIB + 128 * MIB, 6 * GIB + 384 * MIB, 4 * GIB + 128 * MIB),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("memory", "address"),
+    [(512 * MIB, 4 * GIB), (4 * GIB, 6 * GIB), (4 * GIB + MIB, 7 * GIB)],
+)
+def test_modules_are_where_qemus_memory_devices_begin(memory: int, address: int) -> None:
+    """QEMU 10.0 with these sizes, "info mtree -f"."""
+    nvdimm, first, second = modules_of(memory, 2 * MIB, (128 * MIB, 256 * MIB))
+    assert (nvdimm.guest_physical, nvdimm.ram_offset) == (address, memory)
+    assert (first.guest_physical, first.ram_offset) == (address + 128 * MIB, memory + 2 * MIB)
+    assert second.guest_physical == address + 256 * MIB
+    assert second.ram_offset == memory + 130 * MIB
+    assert modules_of(memory, 0, (128 * MIB,))[0].guest_physical == address
+    assert modules_of(memory, 0, ()) == []
+
+
+def test_each_offset_has_its_address(tmp_path: Path) -> None:
+    spec = dataclasses.replace(SPEC, nvdimm_bytes=2 * MIB, dimms=(128 * MIB,))
+    host = cast("Host", SimpleNamespace(qemu_log=lambda _name: ""))
+    domain = Domain(host, spec, tmp_path / "log", "alice")
+    assert domain.guest_physical(4096) == 4096
+    assert domain.guest_physical(513 * MIB) == 4 * GIB + MIB
+    assert domain.guest_physical(514 * MIB) == 4 * GIB + 128 * MIB
+    for index in (-1, 1):
+        with pytest.raises(VmError, match="has 1 DIMMs"):
+            domain.plug_in(index)
+
+
+def test_modules_are_memfds_and_no_files() -> None:
+    domain = parsed(dataclasses.replace(SPEC, nvdimm_bytes=64 * MIB, dimms=(128 * MIB,)))
+    options = [one.get("value", "") for one in domain.findall(f"{QEMU}commandline/{QEMU}arg")]
+    told = {
+        option: [json.loads(text) for name, text in pairwise(options) if name == option]
+        for option in ("-object", "-device")
+    }
+    assert [(one["qom-type"], one["share"], one["size"]) for one in told["-object"]] == [
+        ("memory-backend-memfd", True, 64 * MIB),
+        ("memory-backend-memfd", True, 128 * MIB),
+    ]
+    (device,) = told["-device"]  # the DIMM is not plugged in
+    assert (device["driver"], device["addr"]) == ("nvdimm", 4 * GIB)
+    assert device["memdev"] == told["-object"][0]["id"]
+    assert f"slots=2,maxmem={704 * MIB}b" in options
+    refuse_bypasses(domain, inline=True, nvdimm=True)
+    with pytest.raises(BypassError, match="nvdimm"):
+        refuse_bypasses(domain, inline=False)
 
 
 def test_ram_is_that_of_the_system_address_space() -> None:

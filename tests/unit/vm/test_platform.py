@@ -8,7 +8,7 @@ import queue
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -17,7 +17,14 @@ from mktme.engine.keys import KeyMode
 from mktme.service import wire
 from mktme.service.client import EngineClient
 from mktme.vm import platform
-from mktme.vm.config import MIN_MEMORY_BYTES, VmConfig, check_config, region_bytes
+from mktme.vm.config import (
+    MIN_MEMORY_BYTES,
+    Nvdimm,
+    VmConfig,
+    check_config,
+    parse_nvdimm,
+    region_bytes,
+)
 from mktme.vm.console import VmError
 from mktme.vm.domain import Domain
 from mktme.vm.host import EnvironmentUnfitError, Host, UsageError
@@ -178,6 +185,42 @@ def test_plugin_is_told_all_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
         "/a,,b/mktme-api4.so,socket=/run/x,,y/link.sock,vm=6f3d4b9e-4c0b-4c3a-9a55-1a4f4f0f8a11,"
         "datapath=shadow,track=stores+pages,ram-below-4g=2147483648,check-tlb=off"
     )
+
+
+def test_plugin_is_told_where_modules_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "plugin_path", lambda api: Path("/mktme.so"))
+    one, _ = platform_of((10, 0, 2))
+    welcome = SimpleNamespace(link_socket="/run/link.sock")
+    one.engine = cast("EngineClient", SimpleNamespace(welcome=welcome))
+    nvdimm = Nvdimm(Path("/pmem"), 2 << 20)
+    config = dataclasses.replace(CONFIG, memory_bytes=4 * GIB, nvdimm=nvdimm, dimms=(1 << 27,))
+    argument = one._plugin_argument(VM, config)
+    assert f",module={2 << 20}@{6 * GIB},module={1 << 27}@{6 * GIB + (1 << 27)}" in argument
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"nvdimm": Nvdimm(Path("/pmem"), 0)}, "not whole 2 MiB"),
+        ({"nvdimm": Nvdimm(Path("/pmem"), 3 << 20)}, "not whole 2 MiB"),
+        ({"nvdimm": Nvdimm(Path("/pmem"), 2 << 20), "track": None}, "plain guest"),
+        ({"dimms": (64 << 20,)}, "whole 128 MiB"),
+        ({"dimms": (0,)}, "whole 128 MiB"),
+        ({"dimms": (1 << 27,) * 8}, "at most 7 DIMMs"),
+        ({"dimms": (1 << 27,), "track": None}, "guests with an engine"),
+        ({"dimms": (1 << 27,), "memory_bytes": 255 << 20}, "too little for a guest with memory"),
+    ],
+)
+def test_modules_that_cannot_be(fields: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        check_config(dataclasses.replace(CONFIG, **fields))
+
+
+def test_nvdimm_as_people_write_it() -> None:
+    assert parse_nvdimm("/a:b/pmem:64M") == Nvdimm(Path("/a:b/pmem"), 64 << 20)
+    for text in ("pmem", ":64M", "pmem:", "pmem:many", "pmem:1M"):
+        with pytest.raises(UsageError):
+            parse_nvdimm(text)
 
 
 # --- the engine's events ----------------------------------------------------------------------
