@@ -4,46 +4,24 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import libvirt
 import pytest
 
 from mktme.cli import ExitCode
 
-from .conftest import Command, wait_until
+from .conftest import Command
+from .libvirtd import needs_root, private_libvirtd
 
-HERE = Path(__file__).parent
-# Where tools/setup puts it, if the system has none: it is for these tests alone.
-UNPACKED = HERE.parents[1] / "build" / "libvirtd" / "usr" / "sbin" / "libvirtd"
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a libvirtd of our own needs root")
+pytestmark = needs_root
 
 
 @pytest.fixture
 def libvirtd(command: Command) -> Iterator[str]:
     """A private libvirtd; yields its URI."""
-    program = shutil.which("libvirtd") or str(UNPACKED)
-    directory = command.tmpdir / "libvirtd"
-    directory.mkdir()
-    with (command.tmpdir / "libvirtd.log").open("wb") as log:
-        process = subprocess.Popen(
-            ["unshare", "--mount", "sh", str(HERE / "libvirtd.sh"), program, str(directory)],
-            stdout=log,
-            stderr=log,
-        )
-    socket = directory / "libvirt-sock"
-    try:
-        wait_until(directory, socket.exists, process)
-        yield f"qemu+unix:///system?socket={socket}"
-    finally:
-        process.terminate()
-        process.wait(20)
-        shutil.rmtree(directory)
-        (command.tmpdir / "libvirtd.log").unlink()
+    with private_libvirtd(command.tmpdir / "libvirtd") as running:
+        yield running.uri
 
 
 def test_run_under_a_libvirtd(command: Command, libvirtd: str) -> None:
@@ -58,7 +36,7 @@ def test_run_under_a_libvirtd(command: Command, libvirtd: str) -> None:
 
 
 def test_killed_harness_leaves_no_domain(command: Command, libvirtd: str) -> None:
-    """libvirtd itself takes down the domains of a client that is gone (AUTODESTROY)."""
+    """The engine ends with its owner, and the plugin has its QEMU end with the engine."""
     process = command.start("run", "--memory", "256M", "--no-reference", "--connect", libvirtd)
     command.wait_for_step(process, "working")
     (qemu,) = command.processes("qemu-system-x86_64")
