@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from mktme.vm.images import cache_dir
+
 from .conftest import wait_until
 
 HERE = Path(__file__).parent
@@ -39,10 +41,14 @@ class Libvirtd:
 def private_libvirtd(directory: Path) -> Iterator[Libvirtd]:
     """Run a libvirtd whose socket is in `directory`, which is made, and gone at the end."""
     program = shutil.which("libvirtd") or str(UNPACKED)
+    # Not those of the embedded driver: each forgets what another program has kept.
+    capabilities = cache_dir().parent / "libvirtd-capabilities"
+    capabilities.mkdir(parents=True, exist_ok=True)
+    script = ("sh", str(HERE / "libvirtd.sh"), program, str(directory), str(capabilities))
     directory.mkdir()
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(
-            ["unshare", "--mount", "sh", str(HERE / "libvirtd.sh"), program, str(directory)],
+            ["unshare", "--mount", *script],
             stdout=log,
             stderr=log,
         )

@@ -35,6 +35,7 @@ from typing import Any, Final, Self
 import libvirt
 
 from mktme.engine.errors import MktmeError
+from mktme.service.client import EngineGoneError
 from mktme.vm.bypass import refuse_bypasses
 from mktme.vm.config import VmConfig
 from mktme.vm.console import VmLostError
@@ -230,7 +231,7 @@ class Migration:
         try:
             return moving.result()
         except libvirt.libvirtError as error:
-            raise MigrationError(self._unwanted or arriving.reason(str(error))) from error
+            raise MigrationError(self._why_not(arriving, error)) from error
         finally:
             socket.unlink(missing_ok=True)
 
@@ -254,6 +255,15 @@ class Migration:
                 self._unwanted = f"libvirt at {self._destination.host.uri} is gone"
             if self._unwanted is not None:
                 self._abort()
+
+    def _why_not(self, arriving: Domain, error: libvirt.libvirtError) -> str:
+        if self._unwanted is not None:
+            return self._unwanted
+        try:
+            self._destination.engine.ping()
+        except EngineGoneError:  # and its plugin has ended the QEMU there
+            return "the engine at the destination is gone"
+        return arriving.reason(str(error))
 
     def _abort(self) -> None:
         with suppress(libvirt.libvirtError):  # there is no job yet, or none any more
