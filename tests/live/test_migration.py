@@ -45,7 +45,6 @@ MEMORY: Final = 256 * MIB
 WINDOW: Final = 48 * MIB
 PAGE: Final = 4096
 TIMEOUT_S: Final = 120
-UNLIMITED_MIB_S: Final = (1 << 63) // MIB - 1
 
 pytestmark = needs_root
 
@@ -264,7 +263,7 @@ def interrupt(_underway: Underway) -> None:
 FAILURES: Final[dict[str, tuple[Callable[[Underway], None], type[BaseException], str]]] = {
     "cancelled": (lambda one: one.migration.cancel(), MigrationError, "it was cancelled"),
     "interrupted": (interrupt, KeyboardInterrupt, "^$"),
-    "too slow": (lambda _one: None, MigrationError, "it took more than 8 s"),
+    "too slow": (lambda _one: None, MigrationError, "it took more than 4 s"),
     "engine killed": (
         lambda one: os.kill(one.destination.engine_pid, signal.SIGKILL),
         MigrationError,
@@ -319,7 +318,7 @@ def test_failure_leaves_the_guest_where_it_is(
             if name == "libvirtd killed":
                 there = stack.enter_context(host(directory / "c"))
             with Platform(MEMORY, connect=there.uri) as destination:
-                migration = Migration(vm, source, destination, timeout_s=8)
+                migration = Migration(vm, source, destination, timeout_s=4)
                 underway = Underway(migration, destination, there)
                 with (
                     once_underway(vm, lambda act=act, one=underway: act(one)),  # type: ignore[misc]
@@ -333,13 +332,9 @@ def test_failure_leaves_the_guest_where_it_is(
                 assert not vm.domain.is_paused
                 check_memory(vm)
             assert_no_qemu(destination)
-        # It is well, and can still move.
-        vm.domain.handle.migrateSetMaxSpeed(UNLIMITED_MIB_S)
-        other = stack.enter_context(Platform(MEMORY, connect=hosts[1].uri))
-        with Migration(vm, source, other) as moved:
-            verified = moved.vm.domain.console.run(VERIFIED, TIMEOUT_S).output
-            assert "verified" in verified
-            assert "FAILED" not in verified
+        verified = vm.domain.console.run(VERIFIED, TIMEOUT_S).output
+        assert "verified" in verified
+        assert "FAILED" not in verified
 
 
 # --- it is refused --------------------------------------------------------------------------------
@@ -393,7 +388,9 @@ def test_what_cannot_be_is_refused_before_the_guest_moves(
         with pytest.raises(MigrationError, match="no engine runs there") as caught:
             preflight(source, there.uri, directory / "none.sock")
         assert "mktme run --keep" in str(caught.value.hint)
-        assert preflight(source, there.uri, destination.control_socket) == side_of(destination)
+        found = preflight(source, there.uri, destination.control_socket)
+        assert found.host == side_of(destination).host
+        assert found.engine.engine_pid == destination.engine_pid
 
         check_memory(vm)
 
