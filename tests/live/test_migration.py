@@ -39,6 +39,7 @@ from mktme.vm.platform import Platform, Vm
 from mktme.vm.preflight import MigrationError, preflight, side_of
 
 from .libvirtd import Libvirtd, needs_root, private_libvirtd
+from .test_inline_life import DISK_DRIVER
 
 MIB: Final = 1 << 20
 MEMORY: Final = 256 * MIB
@@ -221,17 +222,24 @@ def check_report(report: MigrationReport, datapath: str) -> None:
     assert msgspec.json.decode(msgspec.json.encode(report), type=MigrationReport) == report
 
 
-def test_there_and_back_on_another_data_path(platforms: tuple[Platform, Platform]) -> None:
+def test_there_and_back_on_another_data_path(
+    platforms: tuple[Platform, Platform], tmp_path: Path
+) -> None:
+    """With a disk, which both hosts have."""
     source, destination = platforms
-    inline = guest_config("inline")
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(MIB))
+    inline = dataclasses.replace(guest_config("inline"), disk=disk)
     shadow = dataclasses.replace(
         inline, datapath=DataPath.SHADOW, window_bytes=None, track=Track.STORES_AND_PAGES
     )
     with source.launch(inline) as vm, ExitStack() as stack:
+        vm.domain.console.run(DISK_DRIVER, TIMEOUT_S)
         boot_id = vm.domain.console.run("cat /proc/sys/kernel/random/boot_id", TIMEOUT_S).output
         with bounded(vm, source):
             there = stack.enter_context(Migration(vm, source, destination, config=shadow)).vm
         check_memory(there)
+        there.domain.console.run("echo there | dd of=/dev/vda conv=sync,fsync", TIMEOUT_S)
         # A guest that is held stays held.
         there.domain.suspend()
         with bounded(vm, source):
@@ -241,6 +249,11 @@ def test_there_and_back_on_another_data_path(platforms: tuple[Platform, Platform
         assert_nothing_of(vm, destination)
         check_memory(back)
         console = back.domain.console
+        assert disk.read_bytes()[:6] == b"there\n"
+        assert (
+            console.run("echo 3 >/proc/sys/vm/drop_caches; head -n1 /dev/vda", 60).output
+            == "there\n"
+        )
         assert console.run("cat /proc/sys/kernel/random/boot_id", TIMEOUT_S).output == boot_id
 
 
