@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What it takes to move a guest, with mktme and without: ``python -m tests.bench.migration``.
 
-As root: it starts two libvirtd of its own. The guest has a third of its memory filled and computes
+As root: it starts two libvirtd of its own. The guest has a quarter of its memory filled and computes
 meanwhile. ``--json FILE`` keeps the reports.
 """
 
@@ -59,7 +59,7 @@ def moved(kind: str, here: Platform, there: Platform, memory_mib: int) -> Migrat
     """Boot a guest, have it compute, and move it."""
     with launched(kind, here, memory_mib) as vm:
         console = vm.domain.console
-        console.run(f"head -c {memory_mib // 3}M /dev/urandom >/tmp/fill", timeout_s=120)
+        console.run(f"head -c {memory_mib * MIB // 4} /dev/urandom >/tmp/fill", timeout_s=120)
         console.run("(while :; do sha256sum /tmp/fill; done >/dev/null) & echo", timeout_s=20)
         with Migration(vm, here, there) as migration:
             migration.vm.domain.console.run("sha256sum /tmp/fill", timeout_s=120)

@@ -154,7 +154,8 @@ class Domain:
         fault: asked why its memory is not served any more, None if it is; with True, its plugin
             has ended its QEMU.
         autodestroy: have libvirtd end a guest without an engine when this process ends. libvirt
-            does not migrate such a guest. One with an engine ends by itself: its plugin sees to it.
+            does not migrate such a guest. Without, it outlives this process, should that be killed.
+            One with an engine never does: its plugin sees to it.
     """
 
     def __init__(

@@ -182,7 +182,7 @@ def leaving(running: Running) -> tuple[Vm, list[uuid.UUID], list[bool]]:
     """A guest, and notes of its being removed from the engine and of its console's end."""
     removed: list[uuid.UUID] = []
     closed: list[bool] = []
-    running.platform.engine.remove_vm = removed.append  # type: ignore[method-assign]
+    running.platform.engine.remove_vm = removed.append  # type: ignore[assignment, method-assign]
     console = SimpleNamespace(close=lambda: closed.append(True))
     domain = cast("Domain", SimpleNamespace(console=console))
     return Vm(BOB, VmConfig(IMAGE), domain, running.platform.engine), removed, closed
