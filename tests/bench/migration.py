@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What it takes to move a guest, with mktme and without: ``python -m tests.bench.migration``.
 
-As root: it starts two libvirtd of its own. The guest has a quarter of its memory filled and computes
+As root: it starts two libvirtd. The guest has a quarter of its memory filled, and computes
 meanwhile. ``--json FILE`` keeps the reports.
 """
 
