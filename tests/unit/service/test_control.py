@@ -629,5 +629,5 @@ def test_odd_text_is_refused(
 
 def test_messages_are_plain_messagepack(raw: RawClient) -> None:
     """Clients in other languages need nothing of ours."""
-    raw.send(framed(msgspec.msgpack.encode({"type": "Hello", "version": 2})))
+    raw.send(framed(msgspec.msgpack.encode({"type": "Hello", "version": 3})))
     assert isinstance(raw.reply(), wire.Welcome)
