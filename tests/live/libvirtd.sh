@@ -1,7 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0-or-later
-# libvirtd.sh LIBVIRTD DIR: a libvirtd for tests, its socket in DIR and all its state on file systems
-# of its own. Run it in a mount namespace (unshare --mount): nothing of it is left when it ends.
+# libvirtd.sh LIBVIRTD DIR CAPABILITIES: a libvirtd for tests, its socket in DIR and all its state on
+# file systems of its own. Run it in a mount namespace (unshare --mount): nothing of it is left when it
+# ends, but for what it found out about QEMU, which takes it seconds: that is kept in CAPABILITIES.
 
 set -eu
 
@@ -9,6 +10,8 @@ for state in /var/lib/libvirt /var/log/libvirt /var/cache/libvirt /etc/libvirt /
 	mkdir -p "$state"
 	mount -t tmpfs tmpfs "$state"
 done
+mkdir -p /var/cache/libvirt/qemu
+ln -s "$3" /var/cache/libvirt/qemu/capabilities
 cat >/etc/libvirt/qemu.conf <<'END'
 stdio_handler = "file"
 security_driver = "none"

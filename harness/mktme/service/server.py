@@ -24,6 +24,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -275,6 +276,8 @@ class EngineServer:
             engine_pid=os.getpid(),
             dram_path=str(self._requests.dram.path),
             link_socket=str(self._run_dir / LINK_SOCKET),
+            mktme_version=metadata.version("mktme"),
+            link_version=ram_link.PROTOCOL_VERSION,
         )
 
     def _announce(self, event: wire.Event) -> None:

@@ -31,7 +31,7 @@ from mktme.engine.package import PowerEvent
 from mktme.engine.xts import Algorithm
 from mktme.service.custody import Custody
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 LENGTH_BYTES: Final = 4
 REQUEST_MAX_BYTES: Final = 64 << 10
 READ_MAX_BYTES: Final = 4 << 20
@@ -329,13 +329,20 @@ Request: TypeAlias = Hello | Command
 
 
 class Welcome(Message, frozen=True):
-    """The engine speaks the client's version, and grants it a role."""
+    """The engine speaks the client's version, and grants it a role.
+
+    Attributes:
+        mktme_version: of the package that the engine is from.
+        link_version: what it speaks with plugins (`mktme.datapath.link`).
+    """
 
     version: int
     role: Role
     engine_pid: int
     dram_path: str
     link_socket: str
+    mktme_version: str
+    link_version: int
 
 
 class Done(Message, frozen=True):

@@ -29,7 +29,7 @@ from mktme.vm.images import GuestImage
 from mktme.vm.shell import Shell
 from mktme.vm.ssh import HOST_KEYS_SHOWN, LOOPBACK, Access, Ssh, host_key_from
 
-_QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
+QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
 OVMF_CODE: Final = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
 OVMF_VARS: Final = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 # libvirt does not know what QEMU is told past it, and fills the bus from the other end.
@@ -62,7 +62,7 @@ _QUEUE_TIMEOUT_S: Final = 5.0
 _SUSPEND_TIMEOUT_S: Final = 30.0
 _POLL_S: Final = 0.002
 
-ET.register_namespace("qemu", _QEMU_NAMESPACE)
+ET.register_namespace("qemu", QEMU_NAMESPACE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +250,7 @@ def domain_xml(spec: DomainSpec) -> str:
         devices.append(ET.fromstring(device))
     # A guest that loads the driver gives back what it does not use, and DRAM holds less of it.
     _child(devices, "memballoon", model="virtio", freePageReporting="on")
-    arguments = ET.SubElement(domain, f"{{{_QEMU_NAMESPACE}}}commandline")
+    arguments = ET.SubElement(domain, f"{{{QEMU_NAMESPACE}}}commandline")
     # libvirt knows the model but no way to another vendor; QEMU takes the last -cpu.
     values = ["-cpu", _CPU, *spec.hardware.arguments]
     if spec.boot is not None:
@@ -263,7 +263,7 @@ def domain_xml(spec: DomainSpec) -> str:
     if spec.modules:
         values += _modules(spec)
     for value in values:
-        ET.SubElement(arguments, f"{{{_QEMU_NAMESPACE}}}arg", value=value)
+        ET.SubElement(arguments, f"{{{QEMU_NAMESPACE}}}arg", value=value)
     return ET.tostring(domain, encoding="unicode")
 
 
@@ -295,6 +295,9 @@ class Domain:
         label: what the user calls it.
         fault: asked why its memory is not served any more, None if it is; with True, its plugin
             has ended its QEMU.
+        autodestroy: have libvirtd end a guest without an engine when this process ends. libvirt
+            does not migrate such a guest. Without, it outlives this process, should that be killed.
+            One with an engine never does: its plugin sees to it.
     """
 
     def __init__(
@@ -304,6 +307,8 @@ class Domain:
         transcript: Path,
         label: str,
         fault: Callable[[bool], str | None] = lambda _ended: None,
+        *,
+        autodestroy: bool = True,
     ) -> None:
         self.spec = spec
         self.label = label
@@ -313,10 +318,16 @@ class Domain:
         self._host = host
         self._transcript = transcript
         self._fault = fault
+        self._autodestroy = autodestroy
 
     def __enter__(self) -> Self:
+        self.bring_up()
+        return self
+
+    def bring_up(self) -> None:
+        """Start the guest, paused, and connect to its console."""
         flags = libvirt.VIR_DOMAIN_START_PAUSED
-        if not self._host.embedded:
+        if self._autodestroy and self.spec.plugin is None and not self._host.embedded:
             # The embedded driver has no such thing; vm/reaper.py stands in for it.
             flags |= libvirt.VIR_DOMAIN_START_AUTODESTROY
         xml = domain_xml(self.spec)
@@ -330,11 +341,19 @@ class Domain:
                 error
             )
         try:
-            self.console = Console(self.spec.console_socket, self._transcript)
+            self.connect()
         except BaseException:
             self.destroy()
             raise
-        return self
+
+    def connect(self) -> None:
+        """Connect to its console: from then on not a byte of it is lost."""
+        self.console = Console(self.spec.console_socket, self._transcript)
+
+    @property
+    def handle(self) -> libvirt.virDomain:
+        """What libvirt has of it, for what is not here."""
+        return self._domain
 
     def __exit__(self, *_error: object) -> None:
         if self._ssh is not None:
@@ -584,7 +603,7 @@ class Domain:
 
         Raises:
             EnvironmentUnfitError: this libvirt cannot for this QEMU.
-            VmError: libvirt could not.
+            VmError: libvirt could not, and the guest goes on as before; or it is gone.
         """
         self._host.require_migration()
         # "sparse" is a file that QEMU writes itself, where its pages have fixed places. Of the
@@ -593,7 +612,11 @@ class Domain:
             libvirt.VIR_DOMAIN_SAVE_PARAM_FILE: str(state),
             libvirt.VIR_DOMAIN_SAVE_PARAM_IMAGE_FORMAT: "sparse",
         }
-        self._call(lambda: self._domain.saveParams(parameters, 0))
+        try:
+            self._domain.saveParams(parameters, 0)
+        except libvirt.libvirtError as error:
+            kind = VmError if self.is_active else VmLostError
+            raise kind(self.reason(f"{self.label} was not saved: {error}")) from error
 
     def restore(self, state: Path) -> None:
         """Start a guest that was saved in a QEMU of its own, and leave it paused.

@@ -82,7 +82,7 @@ class Host:
             with _opening:
                 _run_event_loop()
                 self.connection = _embedded() if self.embedded else libvirt.open(self.uri)
-            self.libvirt_version = _version(self.connection.getLibVersion())
+            self.libvirt_version = unpacked_version(self.connection.getLibVersion())
         except libvirt.libvirtError as error:
             raise EnvironmentUnfitError(
                 f"libvirt at {self.uri}: {error}", hint="mktme doctor"
@@ -191,7 +191,7 @@ def plugin_path(api: int) -> Path:
     return path
 
 
-def _version(number: int) -> tuple[int, int, int]:
+def unpacked_version(number: int) -> tuple[int, int, int]:
     """How libvirt packs versions: 1,000,000 major + 1,000 minor + release."""
     return number // 1_000_000, number // 1000 % 1000, number % 1000
 

@@ -180,6 +180,7 @@ class Platform:
         self._linked: set[uuid.UUID] = set()
         self._domains: dict[uuid.UUID, Domain] = {}
         self._faults: dict[uuid.UUID, str] = {}
+        self._leaving: set[uuid.UUID] = set()
         self.poisoned: list[wire.PagePoisoned] = []
         """What was found in DRAM that does not match its MAC, in this order."""
         self._aborted = False
@@ -239,8 +240,9 @@ class Platform:
         fault = self.fault(lost.spec.uuid)
         raise VmError(lost.reason(f"{lost.label}: {fault or 'its QEMU ended'}"))
 
-    @contextlib.contextmanager
-    def launch(self, config: VmConfig, name: str = "guest", *, boot: bool = True) -> Iterator[Vm]:
+    def launch(
+        self, config: VmConfig, name: str = "guest", *, boot: bool = True
+    ) -> contextlib.AbstractContextManager[Vm]:
         """Start a guest, boot it to its shell, and take it down at the end.
 
         Args:
@@ -253,6 +255,27 @@ class Platform:
             EnvironmentUnfitError: this machine cannot carry it.
             VmError: it did not come up.
         """
+        return self.carry(uuid.uuid4(), config, name, boot=boot)
+
+    @contextlib.contextmanager
+    def carry(
+        self,
+        one: uuid.UUID,
+        config: VmConfig,
+        name: str,
+        *,
+        boot: bool,
+        make: Callable[..., Domain] = Domain,
+    ) -> Iterator[Vm]:
+        """As `launch`, of a guest that has a UUID and a way to come here (`mktme.vm.migration`).
+
+        Args:
+            one: its UUID.
+            config: what it is.
+            name: what to call it.
+            boot: False to leave it as it comes.
+            make: takes a `Domain`'s arguments, and makes one that brings it up.
+        """
         check_config(config)
         config = with_window(self._supported(config))
         if config.datapath is DataPath.INLINE:
@@ -260,7 +283,6 @@ class Platform:
         elif config.track is not None and config.track.pages:
             require_write_tracking()
         require_memory(config.all_bytes)
-        one = uuid.uuid4()
         unique = f"mktme-{name}-{one.hex[:8]}"
         with contextlib.ExitStack() as stack:
             vm_fields = {}
@@ -307,10 +329,10 @@ class Platform:
             )
             transcript = self.run_dir / f"{unique}.log"
             why = functools.partial(self._why_lost, one)
-            domain = stack.enter_context(Domain(self.host, spec, transcript, name, why))
+            domain = stack.enter_context(make(self.host, spec, transcript, name, why))
             with self._changed:
                 self._domains[one] = domain
-                stack.callback(self._domains.pop, one)
+                stack.callback(self._domains.pop, one, None)
                 fault = self._faults.get(one)
             stack.callback(self._let_go, domain)
             if fault is not None:  # it came before there was a domain to hold
@@ -346,6 +368,25 @@ class Platform:
                 Path(directory, "nvram.fd"),
                 access,
             )
+
+    @contextlib.contextmanager
+    def leaving(self, vm: Vm) -> Iterator[None]:
+        """Within the `with`, the guest may end here; if no error ends the `with`, it has.
+
+        Then its KeyID is cleared and its DRAM is free, before its `launch` ends.
+        """
+        with self._changed:
+            self._leaving.add(vm.uuid)
+        try:
+            yield
+            with self._changed:
+                self._domains.pop(vm.uuid, None)
+        finally:
+            with self._changed:
+                self._leaving.remove(vm.uuid)
+                self._changed.notify_all()
+        self._forget(vm.uuid)
+        vm.domain.console.close()
 
     def restore(self, vm: Vm, state: Path) -> None:
         """Start a guest again that `Domain.save` ended, in a QEMU of its own, and let it run.
@@ -561,7 +602,7 @@ class Platform:
     def _unlinked(self) -> Domain | None:
         """A domain that the engine is to follow and does not."""
         for one, domain in self._domains.items():
-            if domain.spec.plugin is not None and one not in self._linked:
+            if domain.spec.plugin is not None and one not in self._linked | self._leaving:
                 return domain
         return None
 

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from importlib import metadata
 from pathlib import Path
 
 import msgspec
@@ -172,11 +173,13 @@ def test_users_that_the_owner_names_may_link_and_no_more(open_to_all: Path, shar
 def test_hello_is_answered(raw: RawClient, engine: EngineProcess, control: Path) -> None:
     raw.send(HELLO)
     assert raw.answer() == wire.Welcome(
-        version=2,
+        version=3,
         role=wire.Role.OWNER,
         engine_pid=engine.process.pid,
         dram_path=str(control.with_name("dram.img")),
         link_socket=str(control.with_name(LINK_SOCKET)),
+        mktme_version=metadata.version("mktme"),
+        link_version=1,
     )
 
 
@@ -200,12 +203,12 @@ def test_events_are_for_clients_that_said_hello(
     assert isinstance(raw.answer(), wire.Welcome)
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, -1, 2**63])
+@pytest.mark.parametrize("version", [0, 2, 4, -1, 2**63])
 def test_another_version_is_refused(raw: RawClient, version: int) -> None:
     raw.send(wire.frame(wire.Hello(version=version)))
     answer = raw.reply()
     assert isinstance(answer, wire.Failure)
-    assert f"speaks protocol 2, not {version}" in answer.message
+    assert f"speaks protocol 3, not {version}" in answer.message
     assert raw.answer() is None
 
 
@@ -342,7 +345,15 @@ def fake_engine(*answers: bytes) -> Iterator[Future[EngineClient]]:
 
 
 WELCOME = wire.frame(
-    wire.Welcome(version=2, role=wire.Role.OWNER, engine_pid=1, dram_path="", link_socket="")
+    wire.Welcome(
+        version=3,
+        role=wire.Role.OWNER,
+        engine_pid=1,
+        dram_path="",
+        link_socket="",
+        mktme_version="1",
+        link_version=1,
+    )
 )
 
 
@@ -618,5 +629,5 @@ def test_odd_text_is_refused(
 
 def test_messages_are_plain_messagepack(raw: RawClient) -> None:
     """Clients in other languages need nothing of ours."""
-    raw.send(framed(msgspec.msgpack.encode({"type": "Hello", "version": 2})))
+    raw.send(framed(msgspec.msgpack.encode({"type": "Hello", "version": 3})))
     assert isinstance(raw.reply(), wire.Welcome)

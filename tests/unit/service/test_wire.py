@@ -114,11 +114,13 @@ INLINE_STATUS = wire.VmStatus(
 )
 REPLIES: list[wire.Reply] = [
     wire.Welcome(
-        version=2,
+        version=3,
         role=wire.Role.OBSERVER,
         engine_pid=2,
         dram_path="/dram",
         link_socket="/link.sock",
+        mktme_version="0.1.0",
+        link_version=1,
     ),
     wire.Done(),
     wire.Failure(error="KeyMaterialError", message="no key", hint="make one"),

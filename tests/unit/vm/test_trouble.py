@@ -15,9 +15,12 @@ import pytest
 
 from mktme.service import wire
 from mktme.service.client import EngineClient, EngineGoneError
+from mktme.vm.config import VmConfig
 from mktme.vm.console import VmError
 from mktme.vm.domain import Domain
-from mktme.vm.platform import Platform
+from mktme.vm.platform import Platform, Vm
+
+from .test_domain_xml import IMAGE
 
 ALICE, BOB, PLAIN = (uuid.UUID(int=number) for number in range(1, 4))
 DEADLINE_S = 20
@@ -147,3 +150,46 @@ def test_guest_that_was_taken_down_is_not_missed(running: Running) -> None:
     running.events.put(wire.VmUnlinked(vm=ALICE))
     with pytest.raises(VmError, match=r"^bob: "):
         running.wait(wire.VmUnlinked(vm=BOB)).result()
+
+
+def test_guest_that_left_is_no_trouble(running: Running) -> None:
+    """Nor is its end before it has; its DRAM is free by the end of the `with`."""
+    vm, removed, closed = leaving(running)
+    with running.platform.leaving(vm):
+        assert ended(running) is None
+        assert removed == []
+    assert ended(running) is None
+    assert (removed, closed) == ([BOB], [True])
+
+
+def test_guest_that_ended_and_did_not_leave(running: Running) -> None:
+    vm, removed, closed = leaving(running)
+
+    def leave() -> None:
+        with running.platform.leaving(vm):
+            assert ended(running) is None
+            raise VmError("it did not arrive")
+
+    with pytest.raises(VmError, match="did not arrive"):
+        leave()
+    lost = ended(running)
+    assert lost is not None
+    assert lost.label == "bob"
+    assert (removed, closed) == ([], [])
+
+
+def leaving(running: Running) -> tuple[Vm, list[uuid.UUID], list[bool]]:
+    """A guest, and notes of its being removed from the engine and of its console's end."""
+    removed: list[uuid.UUID] = []
+    closed: list[bool] = []
+    running.platform.engine.remove_vm = removed.append  # type: ignore[assignment, method-assign]
+    console = SimpleNamespace(close=lambda: closed.append(True))
+    domain = cast("Domain", SimpleNamespace(console=console))
+    return Vm(BOB, VmConfig(IMAGE), domain, running.platform.engine), removed, closed
+
+
+def ended(running: Running) -> Domain | None:
+    """Whom the platform holds for lost once bob's QEMU has ended."""
+    running.events.put(wire.VmUnlinked(vm=BOB))
+    assert running.platform.wait_for(lambda: running.platform._linked == {ALICE}, DEADLINE_S)
+    return running.platform._unlinked()
