@@ -72,7 +72,11 @@ class Asked:
         with narrator.step("working"):
             pass
         if options.keep is not None:
-            platform = SimpleNamespace(control_socket=SOCKET, wait_for_trouble=lambda: self.left())
+            platform = SimpleNamespace(
+                control_socket=SOCKET,
+                logins=lambda: ["ssh -p 2222 mktme@127.0.0.1"],
+                wait_for_trouble=lambda: self.left(),
+            )
             options.keep(self.answer, cast("Platform", platform))
         return self.answer
 
@@ -405,9 +409,10 @@ def test_report_is_shown_before_the_wait_and_ctrl_c_ends_well(
     assert result.code == ExitCode.OK
     assert written == ["mktme.run"]
     assert result.said.count("passed: 1 of 1 checks") == 1
-    assert result.err.splitlines()[-2:] == [
+    assert result.err.splitlines()[-3:] == [
         "running until Ctrl-C; meanwhile, in another terminal: mktme keyid list",
         f"control socket {SOCKET}",
+        "log in, if --ssh-key was yours: ssh -p 2222 mktme@127.0.0.1",
     ]
 
 

@@ -48,6 +48,9 @@ from mktme.service.vms import AnyDataPath, Vm
 
 log = logging.getLogger(__name__)
 
+# Asked for once: to look takes descriptors, of which there may be none left.
+_VERSION: Final = metadata.version("mktme")
+
 CONTROL_SOCKET: Final = "control.sock"
 LINK_SOCKET: Final = "link.sock"
 _BACKLOG: Final = 16
@@ -276,7 +279,7 @@ class EngineServer:
             engine_pid=os.getpid(),
             dram_path=str(self._requests.dram.path),
             link_socket=str(self._run_dir / LINK_SOCKET),
-            mktme_version=metadata.version("mktme"),
+            mktme_version=_VERSION,
             link_version=ram_link.PROTOCOL_VERSION,
         )
 

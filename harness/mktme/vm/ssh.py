@@ -30,7 +30,7 @@ HOST_KEYS_SHOWN: Final = "-----END SSH HOST KEY KEYS-----"
 _HOST_KEY: Final = re.compile(rb"^ssh-ed25519 (\S+)", re.M)
 _PUBLIC_KEY: Final = re.compile(r"[a-z0-9@.-]+ [A-Za-z0-9+/=]+( [^\n]*)?")
 _RETRY_S: Final = 0.25
-_BANNER_TIMEOUT_S: Final = 20.0
+_ANSWER_TIMEOUT_S: Final = 20.0
 
 # It logs every attempt that a booting guest does not answer as an error.
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)
@@ -143,7 +143,7 @@ class Ssh:
         name = f"[{LOOPBACK}]:{self._access.port}"
         client.get_host_keys().add(name, self._host_key.get_name(), self._host_key)
         client.set_missing_host_key_policy(paramiko.RejectPolicy())
-        timeout_s = min(timeout_s, _BANNER_TIMEOUT_S)
+        timeout_s = min(timeout_s, _ANSWER_TIMEOUT_S)
         try:
             client.connect(
                 LOOPBACK,
@@ -175,8 +175,9 @@ class Ssh:
             self.close()
             try:
                 self._connect(left)
-                boot_id = self._read_boot_id(left)
-            except VmLostError:  # it went down under us
+                # A guest that goes down meanwhile does not say so.
+                boot_id = self._read_boot_id(min(left, _ANSWER_TIMEOUT_S))
+            except VmLostError:
                 if time.monotonic() > deadline:
                     raise
                 continue

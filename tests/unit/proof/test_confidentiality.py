@@ -235,7 +235,7 @@ class Linux:
 def linux(guests: Guests, canary: Canary, pages: tuple[GuestPages, ...]) -> tuple[Linux, Vm]:
     qemu, added = guests.link(256)
     guest = Linux(guests, qemu, canary)
-    domain = cast("Domain", SimpleNamespace(label="alice", console=guest, paused=guest.paused))
+    domain = cast("Domain", SimpleNamespace(label="alice", shell=guest, paused=guest.paused))
     vm = vm_of_qemu(guests.client, qemu, added)
     config = dataclasses.replace(vm.config, pages=pages)
     return guest, dataclasses.replace(vm, domain=domain, config=config)
