@@ -34,7 +34,7 @@ from mktme.vm import domain as vm_domain
 from mktme.vm.bypass import BypassError
 from mktme.vm.config import BOOT_TIMEOUT_S, MIN_WINDOW_BYTES, VmConfig
 from mktme.vm.console import VmError, VmLostError
-from mktme.vm.domain import DomainSpec, domain_xml
+from mktme.vm.domain_xml import DomainSpec, domain_xml
 from mktme.vm.platform import Platform, Vm
 
 from .conftest import Command

@@ -18,7 +18,7 @@ from mktme.proof.transparency import compare_memory, run_workload
 from mktme.pytest_plugin import vm_config
 from mktme.vm import images
 from mktme.vm.console import VmError
-from mktme.vm.domain import guest_ram_ranges
+from mktme.vm.guest_map import guest_ram_ranges
 from mktme.vm.platform import Platform, Vm
 
 MIB = 1 << 20

@@ -17,7 +17,7 @@ from mktme.proof.damage import BLOCK_BYTES, Damage, Outcome, Written, classify
 from mktme.proof.eviction import held_out_of_window
 from mktme.service.wire import PagePoisoned
 from mktme.vm.console import GuestPanicError, VmLostError
-from mktme.vm.domain import guest_physical
+from mktme.vm.guest_map import guest_physical
 from mktme.vm.platform import Platform, Vm
 
 _COMMAND_TIMEOUT_S: Final = 60.0

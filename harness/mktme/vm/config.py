@@ -15,7 +15,7 @@ from mktme.engine.dram import REGION_ALIGN_BYTES
 from mktme.engine.keys import KeyMode
 from mktme.engine.xts import PAGE_BYTES, Algorithm
 from mktme.vm.disk_images import DiskImage
-from mktme.vm.domain import DIMM_STEP_BYTES
+from mktme.vm.guest_map import DIMM_STEP_BYTES
 from mktme.vm.hardware import USUAL_HARDWARE, Firmware, Hardware
 from mktme.vm.host import UsageError
 from mktme.vm.images import GuestImage

@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A guest as a libvirt domain: its XML and its life."""
+"""A guest as a libvirt domain: its life."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import re
 import threading
 import time
-import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
-from uuid import UUID
 
 import libvirt
 import libvirt_qemu
@@ -22,35 +18,11 @@ import libvirt_qemu
 from mktme.engine.dram import GuestSegment
 from mktme.vm.bypass import refuse_bypasses
 from mktme.vm.console import Console, GuestPanicError, VmError, VmLostError
-from mktme.vm.disk_images import DiskImage
-from mktme.vm.hardware import USUAL_HARDWARE, Firmware, Hardware, Machine
+from mktme.vm.domain_xml import DomainSpec, device_of, domain_xml
+from mktme.vm.guest_map import Module, guest_physical, guest_ram_ranges
 from mktme.vm.host import Host
-from mktme.vm.images import GuestImage
 from mktme.vm.shell import Shell
-from mktme.vm.ssh import HOST_KEYS_SHOWN, LOOPBACK, Access, Ssh, host_key_from
-
-QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
-OVMF_CODE: Final = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
-OVMF_VARS: Final = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
-# libvirt does not know what QEMU is told past it, and fills the bus from the other end.
-_NET_SLOT: Final = "0x12"
-NETDEV: Final = "mktme-net"
-"""QEMU's name of the network that ssh goes through."""
-_GIB: Final = 1 << 30
-_FOUR_GIB: Final = 4 << 30
-DIMM_STEP_BYTES: Final = 128 << 20
-"""Linux takes memory that is plugged in by so much (MIN_MEMORY_BLOCK_SIZE)."""
-# From how much RAM on there is some above the PCI hole, and how much is then below (QEMU
-# hw/i386/pc_q35.c and pc_piix.c).
-_PCI_HOLE: Final = {
-    Machine.Q35: (0xB000_0000, 0x8000_0000),
-    Machine.PC: (0xE000_0000, 0xC000_0000),
-}
-# "info mtree -f" prints the flat view of an address space, one range a line.
-_MTREE_RAM: Final = re.compile(
-    r"^\s*([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, (?:nv-)?ram\): (\S+)(?: @([0-9a-f]{16}))?",
-    re.M,
-)
+from mktme.vm.ssh import HOST_KEYS_SHOWN, Access, Ssh, host_key_from
 
 # A machine check that software must recover from (SRAR): "data load", an address that is valid and
 # physical (SDM vol. 3B, table 17-20; QEMU target/i386/cpu.h).
@@ -61,224 +33,6 @@ _MCI_MISC: Final = 0x8C  # the address is physical, and good to 4 KiB
 _QUEUE_TIMEOUT_S: Final = 5.0
 _SUSPEND_TIMEOUT_S: Final = 30.0
 _POLL_S: Final = 0.002
-
-ET.register_namespace("qemu", QEMU_NAMESPACE)
-
-
-@dataclass(frozen=True, slots=True)
-class DiskBoot:
-    """What a guest boots from its disk with.
-
-    Attributes:
-        disk: its own layer over the image, qcow2.
-        seed: its first boot's configuration, for cloud-init.
-        nvram: where UEFI is to keep its variables.
-        access: how to log in to it then.
-    """
-
-    disk: Path
-    seed: Path
-    nvram: Path
-    access: Access
-
-
-@dataclass(frozen=True, slots=True)
-class DomainSpec:
-    """What libvirt is to start.
-
-    Attributes:
-        plugin: the `-plugin` argument, None to run without.
-        inline: whether its memory is a window, which bears less than all of it would.
-        disk: a raw image for it to have as its first virtio disk, None for a guest without.
-        nvdimm_bytes: size of its NVDIMM, 0 for a guest without.
-        dimms: sizes of what can be plugged in while it runs.
-        console_socket: where QEMU is to listen for the serial console.
-        boot: for a guest that boots its disk; None for one whose kernel QEMU loads.
-        hardware: what else it has.
-    """
-
-    name: str
-    uuid: UUID
-    image: GuestImage | DiskImage
-    memory_bytes: int
-    vcpus: int
-    console_socket: Path
-    emulator: Path
-    plugin: str | None = None
-    inline: bool = False
-    disk: Path | None = None
-    boot: DiskBoot | None = None
-    hardware: Hardware = USUAL_HARDWARE
-    nvdimm_bytes: int = 0
-    dimms: tuple[int, ...] = ()
-
-    @property
-    def modules(self) -> list[Module]:
-        """Its memory beside its RAM."""
-        machine = self.hardware.machine
-        return modules_of(self.memory_bytes, self.nvdimm_bytes, self.dimms, machine)
-
-
-# All that TCG can do, as an Intel processor with TME (Sapphire Rapids): Linux looks for TME, and
-# handles machine checks, as the vendor has them. TCG's own "max" says it is AMD's.
-_CPU: Final = "max,vendor=GenuineIntel,family=6,model=143,stepping=8"
-
-
-def ram_below_4g(memory_bytes: int, machine: Machine = Machine.Q35) -> int:
-    """How much of a machine's RAM lies below the PCI hole.
-
-    Checked against QEMU's own map for each VM that is launched: `Domain.check_guest_map`.
-    """
-    hole_from, beside_hole = _PCI_HOLE[machine]
-    return beside_hole if memory_bytes >= hole_from else memory_bytes
-
-
-def guest_physical(ram_offset: int, memory_bytes: int, machine: Machine = Machine.Q35) -> int:
-    """The guest-physical address of an offset in a machine's RAM."""
-    low = ram_below_4g(memory_bytes, machine)
-    return ram_offset if ram_offset < low else ram_offset - low + _FOUR_GIB
-
-
-@dataclass(frozen=True, slots=True)
-class Module:
-    """Memory of a guest beside its RAM: an NVDIMM, or a DIMM that can be plugged in.
-
-    Attributes:
-        name: of its memory inside QEMU.
-        ram_offset: what comes before it.
-        guest_physical: where it is, or would be.
-    """
-
-    name: str
-    ram_offset: int
-    guest_physical: int
-    size_bytes: int
-
-
-def modules_of(
-    memory_bytes: int,
-    nvdimm_bytes: int,
-    dimms: tuple[int, ...],
-    machine: Machine = Machine.Q35,
-) -> list[Module]:
-    """A machine's NVDIMM, if it has any, and its DIMMs, one behind the other.
-
-    QEMU's memory devices begin at a GiB behind all RAM (hw/i386/pc.c, pc_memory_init), with room
-    for each to be aligned to one. Linux takes DIMMs in blocks of 128 MiB.
-    """
-    named = [("nvdimm0", nvdimm_bytes)] if nvdimm_bytes else []
-    named += [(f"dimm{index}", size_bytes) for index, size_bytes in enumerate(dimms)]
-    address = _FOUR_GIB + memory_bytes - ram_below_4g(memory_bytes, machine)
-    modules: list[Module] = []
-    offset = memory_bytes
-    for name, size_bytes in named:
-        alignment = DIMM_STEP_BYTES if modules else _GIB
-        address = -(-address // alignment) * alignment
-        modules.append(Module(name, offset, address, size_bytes))
-        address += size_bytes
-        offset += size_bytes
-    return modules
-
-
-def _modules(spec: DomainSpec) -> list[str]:
-    """QEMU's options for modules.
-
-    libvirt's <memory model='nvdimm'> would have QEMU map a file, with plaintext in it. Its 'dimm'
-    would make the memory when it is plugged in, which nothing tells a plugin of; so all memory that
-    there can be is made here, and is empty. QEMU joins options that are given again with those
-    that libvirt gives.
-    """
-    modules = spec.modules
-    most = spec.memory_bytes + sum(one.size_bytes for one in modules)
-    options = ["-machine", "nvdimm=on", "-m", f"slots={len(modules)},maxmem={most}b"]
-    for one in modules:
-        backend = {"qom-type": "memory-backend-memfd", "id": one.name, "share": True}
-        options += ["-object", json.dumps(backend | {"size": one.size_bytes})]
-        if one.name == "nvdimm0":
-            options += ["-device", json.dumps({"driver": "nvdimm"} | _plugged(one))]
-    return options
-
-
-def _plugged(module: Module) -> dict[str, str | int]:
-    """A module's device."""
-    return {
-        "id": f"{module.name}-device",
-        "memdev": module.name,
-        "addr": module.guest_physical,
-    }
-
-
-def domain_xml(spec: DomainSpec) -> str:
-    """The libvirt domain for `spec`: an ordinary TCG guest, RAM in a shared memfd."""
-    domain = ET.Element("domain", type="qemu")
-    _child(domain, "name", spec.name)
-    _child(domain, "uuid", str(spec.uuid))
-    _child(domain, "memory", str(spec.memory_bytes), unit="b")
-    _child(domain, "vcpu", str(spec.vcpus))
-    backing = _child(domain, "memoryBacking")
-    _child(backing, "source", type="memfd")
-    _child(backing, "access", mode="shared")
-    boot = _child(domain, "os")
-    _child(boot, "type", "hvm", arch="x86_64", machine=spec.hardware.machine.value)
-    if isinstance(spec.image, GuestImage):
-        _child(boot, "kernel", str(spec.image.kernel))
-        _child(boot, "initrd", str(spec.image.initrd))
-        _child(boot, "cmdline", spec.image.cmdline)
-    elif spec.boot is not None and spec.hardware.firmware is Firmware.UEFI:
-        _child(boot, "loader", str(OVMF_CODE), readonly="yes", type="pflash")
-        _child(boot, "nvram", str(spec.boot.nvram), template=str(OVMF_VARS))
-    if spec.boot is not None:
-        _child(_child(domain, "pm"), "suspend-to-mem", enabled="yes")
-    features = _child(domain, "features")
-    _child(features, "acpi")
-    _child(features, "apic")
-    _child(domain, "cpu", mode="maximum")
-    _child(domain, "on_poweroff", "destroy")
-    _child(domain, "on_reboot", "restart")
-    _child(domain, "on_crash", "destroy")
-    devices = _child(domain, "devices")
-    _child(devices, "emulator", str(spec.emulator))
-    serial = _child(devices, "serial", type="unix")
-    _child(serial, "source", mode="bind", path=str(spec.console_socket))
-    _child(serial, "target", port="0")
-    if spec.boot is not None:
-        _disk(devices, "vda", spec.boot.disk, "qcow2")
-        _child(_disk(devices, "vdb", spec.boot.seed, "raw"), "readonly")
-    if spec.disk is not None:
-        _disk(devices, "vda" if spec.boot is None else "vdc", spec.disk, "raw")
-    for device in spec.hardware.devices:
-        devices.append(ET.fromstring(device))
-    # A guest that loads the driver gives back what it does not use, and DRAM holds less of it.
-    _child(devices, "memballoon", model="virtio", freePageReporting="on")
-    arguments = ET.SubElement(domain, f"{{{QEMU_NAMESPACE}}}commandline")
-    # libvirt knows the model but no way to another vendor; QEMU takes the last -cpu.
-    values = ["-cpu", _CPU, *spec.hardware.arguments]
-    if spec.boot is not None:
-        # libvirt forwards ports with passt alone, a process beside QEMU.
-        forward = f"hostfwd=tcp:{LOOPBACK}:{spec.boot.access.port}-:22"
-        values += ["-netdev", f"user,id={NETDEV},{forward}"]
-        values += ["-device", f"virtio-net-pci,netdev={NETDEV},addr={_NET_SLOT}"]
-    if spec.plugin is not None:
-        values += ["-plugin", spec.plugin]
-    if spec.modules:
-        values += _modules(spec)
-    for value in values:
-        ET.SubElement(arguments, f"{{{QEMU_NAMESPACE}}}arg", value=value)
-    return ET.tostring(domain, encoding="unicode")
-
-
-def _disk(devices: ET.Element, name: str, path: Path, driver: str) -> ET.Element:
-    disk = _child(devices, "disk", type="file", device="disk")
-    _child(disk, "driver", name="qemu", type=driver)
-    _child(disk, "source", file=str(path))
-    _child(disk, "target", dev=name, bus="virtio")
-    return disk
-
-
-def _child(parent: ET.Element, tag: str, text: str | None = None, **attributes: str) -> ET.Element:
-    element = ET.SubElement(parent, tag, attributes)
-    element.text = text
-    return element
 
 
 class Domain:
@@ -646,7 +400,7 @@ class Domain:
             VmError: it is there already, or QEMU refuses.
         """
         module = self._dimm(dimm)
-        self.qmp("device_add", driver="pc-dimm", **_plugged(module))
+        self.qmp("device_add", driver="pc-dimm", **device_of(module))
 
     def unplug(self, dimm: int, timeout_s: float) -> Module:
         """Have the guest give one of its DIMMs back; returns which memory that was.
@@ -655,7 +409,7 @@ class Domain:
             VmError: it is not there, or the guest has not given it back in time.
         """
         module = self._dimm(dimm)
-        device = _plugged(module)["id"]
+        device = device_of(module)["id"]
         with self._qemu_event("DEVICE_DELETED", lambda told: told.get("device") == device) as gone:
             self.qmp("device_del", id=device)
             if not gone.wait(timeout_s):
@@ -820,15 +574,3 @@ class Domain:
         """Take the guest down, whatever it is doing."""
         with contextlib.suppress(libvirt.libvirtError):  # it is gone already
             self._domain.destroy()
-
-
-def guest_ram_ranges(mtree: str, modules: Iterable[Module] = ()) -> list[tuple[int, int, int]]:
-    """Guest RAM in QEMU's ``info mtree -f``: (first address, address after it, RAM offset)."""
-    views = mtree.split("FlatView #")
-    system = next((view for view in views if 'AS "memory"' in view), "")
-    offsets = {"pc.ram": 0} | {one.name: one.ram_offset for one in modules}
-    return [
-        (int(start, 16), int(last, 16) + 1, offsets[name] + int(offset or "0", 16))
-        for start, last, name, offset in _MTREE_RAM.findall(system)
-        if name in offsets
-    ]

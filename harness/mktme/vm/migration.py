@@ -39,7 +39,9 @@ from mktme.service.client import EngineGoneError
 from mktme.vm.bypass import refuse_bypasses
 from mktme.vm.config import VmConfig
 from mktme.vm.console import VmLostError
-from mktme.vm.domain import QEMU_NAMESPACE, Domain, DomainSpec
+from mktme.vm.disk_images import DiskImage
+from mktme.vm.domain import Domain
+from mktme.vm.domain_xml import QEMU_NAMESPACE, DomainSpec
 from mktme.vm.platform import Platform, Vm
 from mktme.vm.preflight import MigrationError, check_sides, side_of
 
@@ -160,6 +162,11 @@ class Migration:
         if self._source is self._destination:
             raise MigrationError("source and destination are the same platform")
         before: Any = self._leaving.config
+        if isinstance(before.image, DiskImage):
+            raise MigrationError(
+                "a guest that boots its disk has its own layer over it here, which does not move",
+                hint="migrate guests whose kernel QEMU loads, such as tiny",
+            )
         free: Any = {field: getattr(before, field) for field in _CAN_CHANGE}
         if dataclasses.replace(self._config, **free) != before:
             raise MigrationError("a guest that moves keeps its image, memory, vCPUs and disk")

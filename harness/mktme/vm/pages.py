@@ -12,7 +12,7 @@ from uuid import UUID
 from mktme.engine.keys import KeyMode
 from mktme.engine.xts import PAGE_BYTES, Algorithm
 from mktme.service.client import EngineClient
-from mktme.vm.domain import ram_below_4g
+from mktme.vm.guest_map import ram_below_4g
 from mktme.vm.hardware import Machine
 from mktme.vm.host import UsageError
 from mktme.vm.sizes import parse_size

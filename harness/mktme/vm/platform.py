@@ -43,7 +43,9 @@ from mktme.service.server import CONTROL_SOCKET
 from mktme.vm.config import VmConfig, check_config, with_window
 from mktme.vm.console import VmError
 from mktme.vm.disk_images import DiskImage, make_seed, overlay
-from mktme.vm.domain import DiskBoot, Domain, DomainSpec, modules_of, ram_below_4g
+from mktme.vm.domain import Domain
+from mktme.vm.domain_xml import DiskBoot, DomainSpec
+from mktme.vm.guest_map import modules_of, ram_below_4g
 from mktme.vm.host import EnvironmentUnfitError, Host, UsageError, plugin_path
 from mktme.vm.pages import GuestPages, assign_pages
 from mktme.vm.reaper import ENGINE_PID_FILE, process_dir

@@ -11,7 +11,7 @@ from xml.sax.saxutils import quoteattr
 import pytest
 
 from mktme.vm.bypass import BypassError, refuse_bypasses
-from mktme.vm.domain import DomainSpec, domain_xml
+from mktme.vm.domain_xml import DomainSpec, domain_xml
 from mktme.vm.host import UsageError
 from mktme.vm.images import GuestImage, Manifest, Package
 

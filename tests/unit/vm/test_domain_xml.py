@@ -17,14 +17,9 @@ import pytest
 from mktme.engine.dram import GuestSegment
 from mktme.vm.bypass import BypassError, refuse_bypasses
 from mktme.vm.console import VmError
-from mktme.vm.domain import (
-    Domain,
-    DomainSpec,
-    domain_xml,
-    guest_ram_ranges,
-    modules_of,
-    ram_below_4g,
-)
+from mktme.vm.domain import Domain
+from mktme.vm.domain_xml import DomainSpec, domain_xml
+from mktme.vm.guest_map import guest_ram_ranges, modules_of, ram_below_4g
 from mktme.vm.host import Host
 from mktme.vm.images import GuestImage, Manifest, Package
 

@@ -12,7 +12,8 @@ import pytest
 from mktme.vm.bypass import BypassError, refuse_bypasses
 from mktme.vm.config import VmConfig, check_config
 from mktme.vm.disk_images import DiskImage
-from mktme.vm.domain import DiskBoot, domain_xml, guest_physical, ram_below_4g
+from mktme.vm.domain_xml import DiskBoot, domain_xml
+from mktme.vm.guest_map import guest_physical, ram_below_4g
 from mktme.vm.hardware import Firmware, Hardware, Machine
 from mktme.vm.host import UsageError
 from mktme.vm.pages import GuestPages, PageUse

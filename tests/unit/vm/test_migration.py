@@ -20,7 +20,8 @@ from mktme.service import wire
 from mktme.service.client import EngineClient
 from mktme.vm.config import VmConfig
 from mktme.vm.console import VmLostError
-from mktme.vm.domain import Domain, domain_xml
+from mktme.vm.domain import Domain
+from mktme.vm.domain_xml import domain_xml
 from mktme.vm.host import Host
 from mktme.vm.migration import Migration, destination_xml
 from mktme.vm.platform import Platform, Vm
