@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from mktme.proof.bench import BenchReport
+from mktme.proof.features.table import FeatureReport
 from mktme.proof.platform_report import (
     KeyIdChange,
     KeyIdReport,
@@ -29,6 +30,7 @@ DOCUMENTS: Final[dict[str, type]] = {
     "platform-check-1.json": PlatformCheck,
     "keyid-1.json": KeyIdReport,
     "keyid-change-1.json": KeyIdChange,
+    "features-1.json": FeatureReport,
     "tamper-1.json": TamperReport,
 }
 

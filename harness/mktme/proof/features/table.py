@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, Protocol
@@ -95,26 +95,23 @@ def run_features(
     return FeatureReport("mktme.features", 1, passed, tuple(outcomes))
 
 
-def _outcomes(scenario: Scenario, datapath: DataPath) -> list[Outcome]:
-    found: list[Outcome] = []
+def _outcomes(scenario: Scenario, datapath: DataPath) -> Iterator[Outcome]:
     started = time.monotonic()
+    done = 0
 
-    def note(row: Row, passed: bool, finding: str) -> None:
-        nonlocal started
-        now = time.monotonic()
-        found.append(
-            Outcome(scenario.name, row.name, datapath, passed, finding, round(now - started, 1))
-        )
-        started = now
+    def outcome(row: Row, passed: bool, finding: str) -> Outcome:
+        nonlocal started, done
+        took, started = time.monotonic() - started, time.monotonic()
+        done += 1
+        return Outcome(scenario.name, row.name, datapath, passed, finding, round(took, 1))
 
     try:
         with scenario.booted(datapath) as subject:
             for row in scenario.rows:
-                note(row, *_check(row, subject))
+                yield outcome(row, *_check(row, subject))
     except MktmeError as error:
-        for row in scenario.rows[len(found) :]:
-            note(row, False, f"the guest was lost: {error}")
-    return found
+        for row in scenario.rows[done:]:
+            yield outcome(row, False, f"the guest was lost: {error}")
 
 
 def _check(row: Row, subject: Subject) -> tuple[bool, str]:
