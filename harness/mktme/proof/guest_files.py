@@ -36,15 +36,16 @@ def changed_files(vm: Vm, only: Collection[str] = ()) -> tuple[int, list[str]]:
         raise VmError(f"{vm.name}: nothing tells what its packages hold")
     lines = packaged_files(image).read_text().splitlines(keepends=True)
     if only:
-        wanted = {path.lstrip("/") for path in only}
-        lines = [line for line in lines if line.split(maxsplit=1)[1].strip() in wanted]
+        lines = [line for line in lines if line.split(maxsplit=1)[1].strip() in only]
+    if not lines:
+        raise VmError(f"{vm.name}: no package has such a file")
     result = vm.domain.ssh.run(
-        "cd / && md5sum --check --quiet 2>/dev/null",
+        "md5sum --check --quiet 2>/dev/null",
         _TIMEOUT_S,
         check=False,
         stdin="".join(lines).encode(),
     )
-    differ = [f"/{path}" for path in _DIFFERS.findall(result.output)]
+    differ = _DIFFERS.findall(result.output)
     if result.status != 0 and not differ:
         raise VmError(f"{vm.name}: its files cannot be compared: {result.output.strip()[-200:]}")
     return len(lines), differ

@@ -199,7 +199,6 @@ SCENARIOS: Final = (
         (
             *_GUEST_ROWS,
             Row("virtio under the IOMMU (iommu_platform)", devices.iommu_platform),
-            Row("SR-IOV under the IOMMU", devices.sr_iov),
             _PROOFS,
             Row("reset", life.reset),
             _UNMODIFIED,
@@ -207,7 +206,6 @@ SCENARIOS: Final = (
         ),
         firmware=Firmware.UEFI,
         devices=("<iommu model='intel'/>", _blk("iommu='on'")),
-        arguments=_IGB,
     ),
     Scenario(
         "pc",
