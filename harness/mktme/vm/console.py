@@ -8,7 +8,6 @@ lost guest, never a success.
 from __future__ import annotations
 
 import contextlib
-import queue
 import re
 import secrets
 import socket
@@ -26,7 +25,7 @@ from mktme.engine.errors import MktmeError
 
 READY: Final = "@mktme ready"
 _LOG_LINES: Final = 5
-_MOST_CHUNKS: Final = 4096  # that nobody has looked at yet
+_MOST_UNREAD: Final = 16 << 20  # bytes that nobody has looked at yet; the transcript has them all
 _NOTHING: Final = "(?!)"  # matches nowhere
 _PANIC: Final = r"Kernel panic - not syncing: ([^\r\n]*)\r?\n"  # Linux, kernel/panic.c
 _FOUND: Final = 0
@@ -79,24 +78,25 @@ class _Line(SpawnBase):  # type: ignore[type-arg]  # generic in its stub alone
         self.heard_at: float | None = None
         self._connection = connection
         self._transcript = transcript
-        self._said: queue.Queue[bytes] = queue.Queue()
-        self._pending = b""
+        self._unread = bytearray()
+        self._ended = False
+        self._said = threading.Condition()
         self._reader = threading.Thread(target=self._read, name="mktme-console", daemon=True)
         self._reader.start()
 
     def read_nonblocking(self, size: int = 1, timeout: float | None = -1) -> bytes:
-        if not self._pending:
-            if self.flag_eof:
-                raise pexpect.EOF("the line has ended")
-            try:
-                self._pending = self._said.get(timeout=self.timeout if timeout == -1 else timeout)
-            except queue.Empty as error:
-                raise pexpect.TIMEOUT("nothing was said") from error
-            if not self._pending:
+        with self._said:
+            self._said.wait_for(
+                lambda: self._unread or self._ended, self.timeout if timeout == -1 else timeout
+            )
+            data = bytes(self._unread[:size])
+            del self._unread[:size]
+            if data:
+                return data
+            if self._ended:
                 self.flag_eof = True
                 raise pexpect.EOF("the line has ended")
-        data, self._pending = self._pending[:size], self._pending[size:]
-        return data
+            raise pexpect.TIMEOUT("nothing was said")
 
     def sendline(self, line: str) -> None:
         """Send a line.
@@ -123,9 +123,11 @@ class _Line(SpawnBase):  # type: ignore[type-arg]  # generic in its stub alone
                 self._transcript.write(data)
                 if self.heard_at is None:
                     self.heard_at = time.monotonic()
-                if self._said.qsize() >= _MOST_CHUNKS:
-                    self._said.get_nowait()  # the oldest; the transcript has it
-            self._said.put(data)
+            with self._said:
+                self._unread += data
+                del self._unread[:-_MOST_UNREAD]
+                self._ended = not data
+                self._said.notify()
             if not data:
                 return
 

@@ -166,6 +166,15 @@ def test_guest_goes_on_while_nobody_looks(boot: Boot, transcript: Path) -> None:
     assert console.heard_at is not None
 
 
+def test_what_is_said_while_nobody_looks_is_kept(boot: Boot) -> None:
+    """A serial port says its bytes one by one."""
+    said = 10_000
+    loop = f"i=0; while [ $i -lt {said} ]; do printf x; i=$((i + 1)); done"
+    console, guest = boot(f"{loop}; echo done")
+    assert guest.wait(DEADLINE_S) == 0
+    assert console.wait_for("done\n", DEADLINE_S, "talking") == said * b"x" + b"done\n"
+
+
 LOGIN = """
 echo 'Debian GNU/Linux 12 ttyS0'
 while printf 'guest login: '; read -r user; do

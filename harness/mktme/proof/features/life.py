@@ -17,6 +17,7 @@ from mktme.proof.features.subject import (
 from mktme.proof.guest_files import changed_files
 from mktme.proof.transparency import compare_memory, run_workload
 from mktme.vm.console import VmError
+from mktme.vm.disk_images import DiskImage, verify_disk
 from mktme.vm.ssh import LoginKey, Ssh
 
 _SHUTDOWN_TIMEOUT_S: Final = 120.0
@@ -37,7 +38,14 @@ def boots(subject: Subject) -> str:
 
 
 def unmodified(subject: Subject) -> str:
-    """Every file of its packages is as in the package; a changed one is found (the control)."""
+    """Every file of its packages is as in the package; a changed one is found (the control).
+
+    So it was before: the image is, byte for byte, what was compared with the packages when it was
+    built, and the guest has written to its own layer alone.
+    """
+    image = subject.vm.config.image
+    if isinstance(image, DiskImage):
+        verify_disk(image)
     count, changed = changed_files(subject.vm)
     require(not changed, f"{len(changed)} files differ, {', '.join(changed[:3])}")
     victim = "/usr/share/base-files/motd"
