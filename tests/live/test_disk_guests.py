@@ -20,18 +20,12 @@ HANGS = b"\xfa\xf4".ljust(510, b"\0") + b"\x55\xaa"
 """A boot sector: CLI, HLT."""
 
 
-@pytest.fixture(scope="module")
-def cloud_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A qcow2 image as clouds publish them."""
-    path = tmp_path_factory.mktemp("image") / "cloud_image.qcow2"
-    disk = ensure_disk("debian-12").disk
-    command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(disk), str(path)]
-    subprocess.run(command, check=True)
-    return path
-
-
 @pytest.mark.timeout(900)
-def test_image_of_a_user_is_proven_and_never_written(command: Command, cloud_image: Path) -> None:
+def test_image_of_a_user_is_proven_and_never_written(command: Command, tmp_path: Path) -> None:
+    cloud_image = tmp_path / "cloud_image.qcow2"  # as clouds publish them
+    disk = ensure_disk("debian-12").disk
+    convert = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(disk), str(cloud_image)]
+    subprocess.run(convert, check=True)
     before = hashlib.sha256(cloud_image.read_bytes()).digest()
     report = command.tmpdir.parent / f"{command.tmpdir.name}.json"
     try:
@@ -60,10 +54,12 @@ def test_guest_that_never_reaches_ssh(command: Command, tmp_path: Path) -> None:
     command.assert_nothing_left()
 
 
-def test_port_that_is_taken(command: Command, cloud_image: Path) -> None:
+def test_port_that_is_taken(command: Command, tmp_path: Path) -> None:
+    image = tmp_path / "hangs.img"
+    image.write_bytes(HANGS.ljust(MIB, b"\0"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        code, _, err = command.run("run", "--image", str(cloud_image), "--ssh-port", port)
+        code, _, err = command.run("run", "--image", str(image), "--ssh-port", port)
     assert code == 2
     assert f"port {port} of 127.0.0.1 cannot be had" in err
     command.assert_nothing_left()
