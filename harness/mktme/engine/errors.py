@@ -35,7 +35,9 @@ The whole tree, outer layers included (each layer defines its own branch)::
     │   ├── VmLostError             it is gone, or silent
     │   └── GuestCommandError       a command in it failed
     ├── GuestRamError               mktme.proof.guest_ram: RAM that cannot be read
-    └── KeySearchError              mktme.proof.custody: what cannot be searched for keys
+    ├── KeySearchError              mktme.proof.custody: what cannot be searched for keys
+    └── DumpError                   mktme.dump.image: an image that is not what it is said to be
+        └── DumpChangedError        it was written while it was read
 """
 
 from __future__ import annotations

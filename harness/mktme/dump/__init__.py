@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Reading DRAM images: what they hold, analysis, pictures, exports."""
