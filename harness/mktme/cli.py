@@ -23,6 +23,7 @@ except ImportError as missing:
     print(f"mktme: libvirt cannot be loaded ({missing})\n  hint: make setup", file=sys.stderr)
     sys.exit(3)  # ExitCode.ENVIRONMENT
 
+from mktme.cli_dump import dump_app
 from mktme.cli_features import features
 from mktme.cli_keyid import keyid_app
 from mktme.cli_narration import narrate
@@ -104,6 +105,7 @@ app = typer.Typer(
 )
 app.add_typer(platform_app, name="platform")
 app.add_typer(keyid_app, name="keyid")
+app.add_typer(dump_app, name="dump")
 app.command()(tamper)
 app.command()(features)
 

@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`mktme dump`: what a DRAM image holds, for who reads it as an attacker would, or as its owner."""
+
+from __future__ import annotations
+
+import typer
+
+dump_app = typer.Typer(
+    help="DRAM images: capture, look at, search and decrypt them.", no_args_is_help=True
+)
