@@ -11,7 +11,7 @@ PIP_COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --generate-ha
 	--python-version 3.11 --constraints requirements/constraints.txt \
 	--custom-compile-command 'make lock'
 
-.PHONY: help setup guests qemu11 lint check test fuzz soak demo tamper bench features schema lock clean
+.PHONY: help setup guests qemu11 lint check test nightly fuzz soak demo tamper bench features schema lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9]*\):.*## /make \1\t/p' Makefile
@@ -36,8 +36,11 @@ lint: setup ## formatters, linters, type checker and compilers' warnings
 check: lint ## lint, and the tests that need no VM
 	$(PYTEST) tests/unit tests/vectors
 
-test: guests ## every test, live VMs included
-	$(PYTEST) tests
+test: guests ## the tests, live VMs included
+	$(PYTEST) -m 'not nightly' tests
+
+nightly: guests ## the live tests again, in the configurations that `make test` leaves out
+	$(PYTEST) -m nightly tests
 
 fuzz: setup ## coverage-guided fuzzing of every decoder, two minutes
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)

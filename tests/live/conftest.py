@@ -120,7 +120,7 @@ def wait_until(
         os.close(descriptor)
 
 
-@pytest.fixture(params=[None, QEMU11], ids=["", QEMU11])
+@pytest.fixture(params=[None, pytest.param(QEMU11, marks=pytest.mark.nightly)], ids=["", QEMU11])
 def emulator(request: pytest.FixtureRequest) -> Path | None:
     """This machine's own QEMU, then QEMU 11; CI has no excuse not to have it."""
     if request.param is None:

@@ -21,6 +21,7 @@ HANGS = b"\xfa\xf4".ljust(510, b"\0") + b"\x55\xaa"
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.nightly
 def test_image_of_a_user_is_proven_and_never_written(command: Command, tmp_path: Path) -> None:
     cloud_image = tmp_path / "cloud_image.qcow2"  # as clouds publish them
     disk = ensure_disk("debian-12").disk

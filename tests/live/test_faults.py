@@ -93,7 +93,11 @@ def test_interrupt_at_any_moment(command: Command, moment: str) -> None:
     command.assert_nothing_left()
 
 
-@pytest.mark.parametrize("reference", [False, True], ids=["encrypted", "plain"])
+@pytest.mark.parametrize(
+    "reference",
+    [False, pytest.param(True, marks=pytest.mark.nightly)],
+    ids=["encrypted", "plain"],
+)
 def test_kill_of_the_harness_itself(command: Command, reference: bool) -> None:
     """Not even kill -9 leaves a QEMU, be it an encrypted one or a plain one without an engine."""
     process = command.start("run", "--memory", "256M")
@@ -103,6 +107,7 @@ def test_kill_of_the_harness_itself(command: Command, reference: bool) -> None:
     command.assert_nothing_left()
 
 
+@pytest.mark.nightly
 def test_two_runs_at_once(command: Command) -> None:
     reports = [command.tmpdir / f"{number}.json" for number in range(2)]
     processes = [command.start(*SMALL, "--json", str(report)) for report in reports]

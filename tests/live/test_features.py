@@ -20,7 +20,13 @@ from mktme.proof.features.subject import Subject
 pytestmark = pytest.mark.timeout(900)
 
 GUESTS = [(scenario, datapath) for scenario in SCENARIOS for datapath in DataPath]
+# The rest is for `make nightly`; and so are rows that boot a guest once more.
+IN_EVERY_RUN = {"devices-inline", "iommu-shadow"}
 NAMES = [f"{scenario.name}-{datapath.value}" for scenario, datapath in GUESTS]
+
+
+def nightly(name: str, row: Row) -> list[pytest.MarkDecorator]:
+    return [] if name in IN_EVERY_RUN and not row.boots_again else [pytest.mark.nightly]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,7 @@ class _Booted(dict[str, "Subject | str"]):
             datapath,
             row,
             id=f"{name}-{row.name}",
-            marks=pytest.mark.xdist_group(name),
+            marks=[pytest.mark.xdist_group(name), *nightly(name, row)],
         )
         for name, (scenario, datapath) in zip(NAMES, GUESTS, strict=True)
         for row in scenario.rows

@@ -26,7 +26,7 @@ MEMORY = 192 * MIB
 WINDOW = 24 * MIB  # what the guest and its workload touch is several times that
 
 
-@pytest.mark.parametrize("track", [None, "stores"])
+@pytest.mark.parametrize("track", [None, pytest.param("stores", marks=pytest.mark.nightly)])
 def test_a_guest_computes_in_an_eighth_of_its_memory(track: str | None) -> None:
     config = vm_config(memory="192M", datapath="inline", window="24M", track=track)
     canary = Canary.random()
@@ -49,6 +49,7 @@ def test_a_guest_computes_in_an_eighth_of_its_memory(track: str | None) -> None:
         assert (paging.lines_stored > 0) == (track is not None)
 
 
+@pytest.mark.nightly
 def test_memory_on_both_sides_of_the_pci_hole_takes_the_engine_little() -> None:
     """Of 4 GiB half is above 4 GiB guest-physical; the engine needs 1/32 of it and a constant."""
     config = vm_config(memory="4G", datapath="inline", window="64M")

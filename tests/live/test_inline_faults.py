@@ -261,7 +261,9 @@ def test_a_guest_is_taken_down_while_the_engine_hangs(monkeypatch: pytest.Monkey
         assert not platform.run_dir.exists()
 
 
-@pytest.mark.parametrize("moment", ["at once", "when told"])
+@pytest.mark.parametrize(
+    "moment", ["at once", pytest.param("when told", marks=pytest.mark.nightly)]
+)
 def test_interrupt_while_the_engine_hangs(command: Command, moment: str) -> None:
     process = command.start(*INLINE)
     command.wait_for_step(process, "working")
@@ -308,6 +310,7 @@ def test_dram_cut_short_while_the_guest_reads() -> None:
         assert "cut short" in fault
 
 
+@pytest.mark.nightly
 def test_command_whose_dram_is_cut_short(command: Command, tmp_path: Path) -> None:
     dram = tmp_path / "dram.img"
     process = command.start(*INLINE, "--dram", str(dram))
@@ -364,6 +367,7 @@ def test_full_dram_holds_the_guest_and_loses_nothing(small_file_system: Path) ->
 
 
 @needs_root
+@pytest.mark.nightly
 def test_dram_full_for_good_ends_with_the_reason(
     small_file_system: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,7 +47,9 @@ POLL_S: Final = 0.05
 BALLOON_DRIVER: Final = "modprobe -a virtio_pci virtio_balloon"
 DISK_DRIVER: Final = "modprobe -a virtio_pci virtio_blk"
 
-data_paths = pytest.mark.parametrize("datapath", ["inline", "shadow"])
+data_paths = pytest.mark.parametrize(
+    "datapath", ["inline", pytest.param("shadow", marks=pytest.mark.nightly)]
+)
 
 
 @contextlib.contextmanager
@@ -333,7 +335,7 @@ def lines_no_vcpu_stored(vm: Vm) -> int:
 # --- from the start -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["reset", "reboot"])
+@pytest.mark.parametrize("how", ["reset", pytest.param("reboot", marks=pytest.mark.nightly)])
 @data_paths
 def test_guest_boots_again_through_firmware_and_kernel_loading(datapath: str, how: str) -> None:
     with guest(datapath) as (platform, vm):

@@ -315,7 +315,7 @@ def once_underway(vm: Vm, act: Callable[[], None]) -> Iterator[None]:
     assert begun.is_set()
 
 
-@pytest.mark.parametrize("datapath", ["shadow", "inline"])
+@pytest.mark.parametrize("datapath", [pytest.param("shadow", marks=pytest.mark.nightly), "inline"])
 def test_failure_leaves_the_guest_where_it_is(
     datapath: str, hosts: tuple[Libvirtd, Libvirtd], directory: Path
 ) -> None:

@@ -155,6 +155,7 @@ def test_two_vcpus_fall_back_to_pages(mktme_vm: Vm, mktme_platform: Platform) ->
         assert not mktme_vm.config.track.stores
 
 
+@pytest.mark.nightly
 def test_plain_qemu_computes_the_same(mktme_platform: Platform) -> None:
     with mktme_platform.launch(vm_config(memory="256M", track=None)) as plain:
         expected = run_workload(plain.domain.console)

@@ -24,7 +24,11 @@ def mktme_emulator() -> str:
 
 
 @pytest.mark.parametrize(
-    ("vcpus", "more", "checks"), [(1, (), 3), (2, ("--guests", "2", "--no-reference"), 5)]
+    ("vcpus", "more", "checks"),
+    [
+        pytest.param(1, (), 3, marks=pytest.mark.nightly),
+        (2, ("--guests", "2", "--no-reference"), 5),
+    ],
 )
 @pytest.mark.usefixtures("mktme_platform")  # which skips where there is no QEMU 11
 def test_proofs(

@@ -33,11 +33,13 @@ class Row:
     Attributes:
         name: what it is about, as users say it.
         check: what is done.
+        boots_again: whether it has the guest boot once more, which takes a minute or two.
         ends: whether the guest is gone after it.
     """
 
     name: str
     check: Check
+    boots_again: bool = False
     ends: bool = False
 
 
@@ -182,8 +184,8 @@ SCENARIOS: Final = (
             _PROOFS,
             Row("pause and resume", life.pause),
             Row("suspend to RAM (S3) and wake", life.standby),
-            Row("kexec", life.kexec),
-            Row("reboot", life.reboot),
+            Row("kexec", life.kexec, boots_again=True),
+            Row("reboot", life.reboot, boots_again=True),
             _UNMODIFIED,
             _SHUTDOWN,
         ),
@@ -200,7 +202,7 @@ SCENARIOS: Final = (
             *_GUEST_ROWS,
             Row("virtio under the IOMMU (iommu_platform)", devices.iommu_platform),
             _PROOFS,
-            Row("reset", life.reset),
+            Row("reset", life.reset, boots_again=True),
             _UNMODIFIED,
             _SHUTDOWN,
         ),
