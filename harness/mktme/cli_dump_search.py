@@ -29,6 +29,7 @@ SEARCH_EPILOG: Final = (
 )
 _NOTHING_FOUND: Final = 1
 _EXCERPT_BYTES: Final = 24
+_NAME_CHARACTERS: Final = 72
 
 
 def search(
@@ -90,7 +91,9 @@ def search(
     check_json(json)
     longest = parse_size(max_match)
     if not 1 <= longest <= MAX_MATCH_BYTES:
-        raise UsageError(f"--max-match {max_match}: out of range", hint=f"1 to {MAX_MATCH_BYTES}")
+        raise UsageError(
+            f"--max-match {max_match}: out of range", hint=f"1 to {MAX_MATCH_BYTES} bytes"
+        )
     for option, given in (("--max-errors", max_errors > 0), ("--show-keys", show_keys)):
         if given and not aes_keys:
             raise UsageError(f"{option} is for AES keys", hint="look for them with --aes-keys")
@@ -173,7 +176,8 @@ def _what(hit: Hit) -> str:
     if hit.key is not None:
         return _key(hit.pattern, hit.key)
     if not hit.pattern.startswith("regex"):
-        return hit.pattern
+        name = hit.pattern
+        return name if len(name) <= _NAME_CHARACTERS else f"{name[:_NAME_CHARACTERS]}..."
     # An expression's matches differ.
     matched = bytes.fromhex(hit.excerpt or "")
     shown = repr(matched[:_EXCERPT_BYTES])[1:]

@@ -62,10 +62,11 @@ class Pattern:
             data = text.encode(encoding, "surrogateescape")
         except UnicodeEncodeError as error:
             raise PatternError(
-                f"text {text!r} has no form in {encoding}", hint="search for its bytes: --hex"
+                f"text {_quoted(text)} has no form in {encoding}",
+                hint="search for its bytes: --hex",
             ) from error
         kind = "text" if encoding == "utf-8" else "UTF-16"
-        return cls._literal(f"{kind} {text!r}", data, ignore_case)
+        return cls._literal(f"{kind} {_quoted(text)}", data, ignore_case)
 
     @classmethod
     def hexadecimal(cls, digits: str) -> Pattern:
@@ -78,7 +79,7 @@ class Pattern:
             data = bytes.fromhex(digits)
         except ValueError as error:
             raise PatternError(
-                f"{digits!r} are no bytes in hexadecimal", hint='such as "de ad be ef"'
+                f"{_quoted(digits)} are no bytes in hexadecimal", hint='such as "de ad be ef"'
             ) from error
         return cls._literal(f"bytes {data.hex(' ')}", data, False)
 
@@ -96,7 +97,7 @@ class Pattern:
         if not data or b"\0" in data:
             what = "holds a NUL" if data else "is empty"
             raise PatternError(f"the expression {what}", hint=r"a NUL is written \x00")
-        return cls(f"regex {expression!r}", data, None, ignore_case)
+        return cls(f"regex {_quoted(expression)}", data, None, ignore_case)
 
     @classmethod
     def _literal(cls, name: str, data: bytes, ignore_case: bool) -> Pattern:
@@ -104,6 +105,11 @@ class Pattern:
             raise PatternError(f"{name.strip()}: it is empty", hint="it would be found everywhere")
         escaped = b"".join(b"\\x%02x" % byte for byte in data)
         return cls(name, escaped, len(data), ignore_case)
+
+
+def _quoted(text: str) -> str:
+    """As it was typed, but for what a terminal would not show."""
+    return "'" + "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text) + "'"
 
 
 class Match(NamedTuple):
@@ -170,7 +176,9 @@ class Searcher:
         max_match_bytes: int = DEFAULT_MATCH_BYTES,
     ) -> None:
         if not patterns and not aes_keys:
-            raise PatternError("nothing to look for")
+            raise PatternError(
+                "nothing to look for", hint="--text, --utf16, --hex, --regex or --aes-keys"
+            )
         if not 1 <= max_match_bytes <= MAX_MATCH_BYTES:
             raise ValueError(f"matches have 1 to {MAX_MATCH_BYTES} bytes")
         if not 0 <= max_errors <= MAX_ERRORS:

@@ -120,6 +120,7 @@ def search(
     limit: int = DEFAULT_LIMIT,
     jobs: int | None = None,
     show_keys: bool = False,
+    chunk_bytes: int = CHUNK_BYTES,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> SearchReport:
     """Search an image.
@@ -132,6 +133,7 @@ def search(
         limit: how many hits to report.
         jobs: how many threads search; None for one a core.
         show_keys: whether the report has the AES keys that were found.
+        chunk_bytes: how much a thread takes at a time; whole pages.
         progress: told how many bytes were searched, and of how many.
 
     Raises:
@@ -149,7 +151,7 @@ def search(
     kept: list[Match] = []
     count = searched = 0
     whole = True
-    for found in _in_order(work, _tasks(image, searcher.reach_bytes), threads):
+    for found in _in_order(work, _tasks(image, searcher.reach_bytes, chunk_bytes), threads):
         kept += found.matches[: limit - len(kept)]
         count += len(found.matches)
         whole &= found.whole
@@ -170,15 +172,15 @@ def search(
     )
 
 
-def _tasks(image: DumpImage, reach_bytes: int) -> Iterator[list[_Piece]]:
+def _tasks(image: DumpImage, reach_bytes: int, chunk_bytes: int) -> Iterator[list[_Piece]]:
     """Pieces, as many small ones together as make up a large one."""
     task: list[_Piece] = []
     held = end = 0
-    for region in image.pieces(CHUNK_BYTES):
+    for region in image.pieces(chunk_bytes):
         task.append(_Piece(max(end, region.base - reach_bytes + 1), region.base, region.end))
         end = region.end
         held += region.size_bytes
-        if held >= CHUNK_BYTES:
+        if held >= chunk_bytes:
             yield task
             task, held = [], 0
     if task:
