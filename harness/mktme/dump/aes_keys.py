@@ -10,20 +10,22 @@ What makes it fast
     Of the words w of a schedule, most obey w[i] ^ w[i-1] = w[i-Nk], Nk words being the key. No
     S-box is in that, and bytes stay in their column; so the relation holds as well for words that
     straddle two of the schedule's. Hence only aligned words of the data are looked at, wherever a
-    schedule lies: three arrays of them, moved against each other. Where two words in a row obey
-    it, and the one before them does not, a row of a schedule may begin; what schedule that would
-    be is worked out and compared in full. All zeros obey it trivially, and are left out.
+    schedule lies: three arrays of them, moved against each other. Where two words obey it, and so
+    do those a key's length behind them, but not the word before them, a row of a schedule may
+    begin; which schedule that would be is worked out and tried, relations with an S-box first.
+    All zeros obey it trivially, and are left out.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 from mktme.proof.key_patterns import SBOX
 
@@ -38,8 +40,8 @@ _XTS_REACH_BYTES: Final = 512
 bytes (include/crypto/aes.h), and OpenSSL's AES_KEY 244; an XTS context has two in a row."""
 
 _BATCH_WORDS: Final = 1 << 16  # the arrays for this many fit a core's L2 cache
+_HALO_WORDS: Final = 9  # of what follows a batch: a row of AES-256, and one
 _BATCH_EDGES: Final = 1 << 10
-_BATCH_STARTS: Final = 1 << 12
 _WORST_SPREAD: Final = 10
 """How many bits of a schedule's relations one wrong bit can spoil: one where it is itself the
 result, one as w[i-Nk], and eight behind an S-box as w[i-1]."""
@@ -96,8 +98,9 @@ class _Shape:
 
     Attributes:
         step: of the relation w[p] ^ w[p-1] = w[p+step], in words of the schedule as it is kept.
-        anchors: int64, shape (n,): bytes from the schedule's first to where two aligned words in
-            a row may begin that obey it; aligned in the data, not in the schedule.
+        anchors: int64, shape (n,): bytes from the schedule's first to where two words in a row
+            may begin that obey it, as do those of the next row; they are aligned in the data, not
+            in the schedule.
     """
 
     key_words: int
@@ -109,6 +112,29 @@ class _Shape:
     @property
     def words(self) -> int:
         return 4 * (self.rounds + 1)
+
+    def word(
+        self, data: _Bytes, starts: npt.NDArray[np.int64], index: int, swapped: bool
+    ) -> _Bytes:
+        """A word of some schedules, as it would be for encryption.
+
+        Args:
+            data: where they are kept.
+            starts: where each begins.
+            index: in the order of FIPS 197.
+            swapped: whether the bytes of words are kept reversed.
+
+        Returns:
+            uint8, shape (len(starts), 4).
+        """
+        row, column = divmod(index, 4)
+        kept = index if self.form is Form.ENCRYPTION else 4 * (self.rounds - row) + column
+        found: _Bytes = sliding_window_view(data, 4)[starts + 4 * kept]
+        if swapped:
+            found = found[:, ::-1]
+        if self.form is Form.DECRYPTION and 0 < row < self.rounds:
+            found = _mix_columns(found)
+        return found
 
     @classmethod
     def make(cls, key_words: int, form: Form) -> _Shape:
@@ -126,7 +152,8 @@ class _Shape:
             4 * p + shift
             for p in sorted(obey)
             for shift in range(4)
-            if p + 1 in obey and (shift == 0 or p + 2 in obey)
+            if {p + 1, p + key_words, p + key_words + 1} <= obey
+            and (shift == 0 or {p + 2, p + key_words + 2} <= obey)
         ]
         return cls(key_words, rounds, form, step, np.array(anchors, np.int64))
 
@@ -147,9 +174,9 @@ _SHAPES: Final = (
 def find_schedules(data: _Bytes, max_errors: int = 0) -> list[KeySchedule]:
     """Find the AES key schedules in some memory, at each byte offset.
 
-    With errors, a schedule is found if there is a row in it, and a stretch as long as the key,
-    without any: certain for two wrong bits, and nearly so for one bit in 200. Those of
-    decryption are found without errors only.
+    With errors, a schedule is found if two of its rows, one behind the other, have none, nor has
+    some stretch as long as the key: certain for two wrong bits, and likely for one bit in 200.
+    Schedules for decryption are found without errors only.
 
     Args:
         data: uint8, shape (n,), contiguous.
@@ -165,13 +192,16 @@ def find_schedules(data: _Bytes, max_errors: int = 0) -> list[KeySchedule]:
         raise ValueError(f"0 to {MAX_ERRORS} bits of a schedule may be wrong, not {max_errors}")
     words = data[: len(data) // 4 * 4].view("<u4")
     found: dict[tuple[int, Form], KeySchedule] = {}
-    for shape, edges in _edges(words):
+    for shape, edges in zip(_SHAPES, _edges(words), strict=True):
+        tolerated = max_errors if shape.form is Form.ENCRYPTION else 0
         for first in range(0, len(edges), _BATCH_EDGES):
-            some = edges[first : first + _BATCH_EDGES, np.newaxis]
-            starts = np.unique(4 * some - shape.anchors)
+            starts = (4 * edges[first : first + _BATCH_EDGES, np.newaxis] - shape.anchors).ravel()
             starts = starts[(starts >= 0) & (starts <= len(data) - 4 * shape.words)]
-            for one in _confirmed(data, starts, shape, max_errors):
-                found[one.offset, one.form] = one
+            for swapped in (False, True):
+                for start in _candidates(data, starts, shape, swapped, _WORST_SPREAD * tolerated):
+                    one = _nearest(data, int(start), shape, swapped)
+                    if one.errors <= tolerated:
+                        found[one.offset, one.form] = one
     return sorted(found.values(), key=lambda one: one.offset)
 
 
@@ -211,68 +241,77 @@ def xts_partners(found: Sequence[KeySchedule]) -> dict[int, int]:
 # --- where a schedule may be ------------------------------------------------------------------
 
 
-def _edges(words: npt.NDArray[np.uint32]) -> Iterator[tuple[_Shape, npt.NDArray[np.int64]]]:
-    """Indices of words where a row of a schedule may begin, by kind of schedule."""
+def _edges(words: npt.NDArray[np.uint32]) -> list[npt.NDArray[np.int64]]:
+    """Indices of words where a row of a schedule may begin, for each of `_SHAPES`."""
     count = len(words)
-    change = np.empty(_BATCH_WORDS + 2, np.uint32)
-    obeys = np.empty(_BATCH_WORDS + 2, np.bool_)
-    pairs = np.empty(_BATCH_WORDS + 1, np.bool_)
+    change = np.empty(_BATCH_WORDS + _HALO_WORDS, np.uint32)
+    obeys, pairs, edges = np.empty((3, _BATCH_WORDS + _HALO_WORDS + 1), np.bool_)
+    found: list[list[npt.NDArray[np.int64]]] = [[] for _shape in _SHAPES]
     for first in range(0, count, _BATCH_WORDS):
-        # One word more at either end: what begins in this batch shows next to its border.
-        low = max(1, first - 1)
-        high = min(count, first + _BATCH_WORDS + 1)
+        low, high = max(1, first), min(count, first + _BATCH_WORDS + _HALO_WORDS)
         np.bitwise_xor(words[low:high], words[low - 1 : high - 1], out=change[: high - low])
-        for shape in _SHAPES:
-            step = shape.step
-            start, stop = max(low, -step), min(high, count - step)
-            if stop - start < 3:
+        for shape, of_shape in zip(_SHAPES, found, strict=True):
+            step, row = shape.step, shape.key_words
+            start, stop = max(low, -step), min(high, count - max(step, 0))
+            beginnings = min(stop - row - 1, first + _BATCH_WORDS) - start
+            if beginnings < 1:
                 continue
-            obey = obeys[: stop - start]
-            pair = pairs[: stop - start - 1]
-            np.equal(change[start - low : stop - low], words[start + step : stop + step], out=obey)
-            np.logical_and(obey[:-1], obey[1:], out=pair)
-            begins_here = bool(pair[0]) and start == max(1, -step)
-            edge = np.greater(pair[1:], obey[:-2], out=pair[1:])
-            found = np.flatnonzero(edge) + (start + 1)
-            if begins_here:
-                found = np.append(start, found)
-            if len(found):
-                found = found[(words[found + step] | words[found + step + 1]) != 0]
-            if len(found):
-                yield shape, found
+            obey = obeys[: stop - start + 1]
+            obey[0] = False  # the word before the batch: if it did, one more place to try
+            here, there = change[start - low : stop - low], words[start + step : stop + step]
+            np.equal(here, there, out=obey[1:])
+            pair = np.logical_and(obey[1:-1], obey[2:], out=pairs[: stop - start - 1])
+            edge = edges[:beginnings]
+            np.logical_and(pair[:beginnings], pair[row : row + beginnings], out=edge)
+            np.greater(edge, obey[:beginnings], out=edge)
+            of_shape.append(np.flatnonzero(edge) + start)
+    return [
+        _nontrivial(words, np.concatenate([np.empty(0, np.int64), *of_shape]), shape.step)
+        for shape, of_shape in zip(_SHAPES, found, strict=True)
+    ]
+
+
+def _nontrivial(
+    words: npt.NDArray[np.uint32], edges: npt.NDArray[np.int64], step: int
+) -> npt.NDArray[np.int64]:
+    """Those edges that are not just zeros and words that repeat each other."""
+    kept: npt.NDArray[np.int64] = edges[(words[edges + step] | words[edges + step + 1]) != 0]
+    return kept
 
 
 # --- whether it is one ------------------------------------------------------------------------
 
 
-def _confirmed(
-    data: _Bytes, starts: npt.NDArray[np.int64], shape: _Shape, max_errors: int
-) -> Iterator[KeySchedule]:
-    """The schedules among what begins at `starts`, in full."""
-    for first in range(0, len(starts), _BATCH_STARTS):
-        some = starts[first : first + _BATCH_STARTS]
-        kept = np.lib.stride_tricks.sliding_window_view(data, 4 * shape.words)[some]
-        in_words = kept.reshape(len(some), shape.words, 4)
-        for swapped in (False, True):
-            schedules = in_words[:, :, ::-1] if swapped else in_words
-            if shape.form is Form.DECRYPTION:
-                schedules = _encryption_form(schedules)
-            tolerated = _WORST_SPREAD * max_errors if shape.form is Form.ENCRYPTION else 0
-            for index in np.flatnonzero(_spoilt_bits(schedules, shape.key_words) <= tolerated):
-                key, errors = _nearest(schedules[index], shape)
-                if errors <= max_errors:
-                    yield KeySchedule(
-                        offset=int(some[index]),
-                        size_bytes=4 * shape.words,
-                        form=shape.form,
-                        swapped=swapped,
-                        errors=errors,
-                        key=key,
-                    )
+def _candidates(
+    data: _Bytes,
+    starts: npt.NDArray[np.int64],
+    shape: _Shape,
+    swapped: bool,
+    tolerated_bits: int,
+) -> npt.NDArray[np.int64]:
+    """Those places where no more bits of a schedule's relations are wrong than are tolerated.
+
+    None being tolerated, that is: where a schedule is. What is none is found out early, as the
+    relations that have an S-box in them come first.
+    """
+    size = shape.key_words
+
+    def word(index: int) -> _Bytes:
+        return shape.word(data, starts, index, swapped)
+
+    wrong_bits = np.zeros(len(starts), np.int64)
+    for index in sorted(range(size, shape.words), key=lambda one: _is_linear(one, size)):
+        wrong = word(index) ^ word(index - size) ^ _temp(word(index - 1), index, size)
+        wrong_bits += np.bitwise_count(wrong).sum(axis=-1, dtype=np.int64)
+        kept = wrong_bits <= tolerated_bits
+        starts, wrong_bits = starts[kept], wrong_bits[kept]
+        if not len(starts):
+            break
+    return np.unique(starts)
 
 
 def _temp(previous: _Bytes, index: int, key_words: int) -> _Bytes:
-    """What word `index` is made of besides w[i-Nk]: FIPS 197's "temp" (figure 11).
+    """What word `index` is made of besides w[i-Nk]: "temp" in FIPS 197, section 5.2.
 
     Args:
         previous: uint8, shape (..., 4): word `index` - 1 of some schedules.
@@ -288,34 +327,23 @@ def _temp(previous: _Bytes, index: int, key_words: int) -> _Bytes:
     return mixed
 
 
-def _spoilt_bits(schedules: _Bytes, key_words: int) -> npt.NDArray[np.int64]:
-    """How many bits of their relations do not hold: none, if they are schedules.
-
-    Args:
-        schedules: uint8, shape (n, words, 4), as for encryption.
-        key_words: words of a key.
-
-    Returns:
-        int64, shape (n,).
-    """
-    spoilt = np.zeros(len(schedules), np.int64)
-    for index in range(key_words, schedules.shape[1]):
-        wrong = schedules[:, index] ^ schedules[:, index - key_words]
-        wrong ^= _temp(schedules[:, index - 1], index, key_words)
-        spoilt += np.bitwise_count(wrong).sum(axis=-1, dtype=np.int64)
-    return spoilt
+def _mix_columns(columns: _Bytes) -> _Bytes:
+    """MixColumns, which undoes InvMixColumns (FIPS 197, section 5.1.3): uint8, shape (..., 4)."""
+    twice: _Bytes = np.left_shift(columns, 1) ^ np.right_shift(columns, 7) * np.uint8(0x1B)
+    thrice = twice ^ columns
+    around = [np.roll(one, -by, axis=-1) for one, by in ((thrice, 1), (columns, 2), (columns, 3))]
+    mixed: _Bytes = np.bitwise_xor.reduce([twice, *around])
+    return mixed
 
 
-def _nearest(schedule: _Bytes, shape: _Shape) -> tuple[bytes, int]:
-    """The key whose schedule is nearest to one with errors, and how many bits are wrong.
+def _nearest(data: _Bytes, start: int, shape: _Shape, swapped: bool) -> KeySchedule:
+    """The schedule that is nearest to what is kept somewhere.
 
     Each stretch as long as the key is taken for right in turn, and the others follow.
-
-    Args:
-        schedule: uint8, shape (words, 4), as for encryption.
-        shape: its kind.
     """
     size = shape.key_words
+    at = np.array([start])
+    schedule = np.concatenate([shape.word(data, at, one, swapped) for one in range(shape.words)])
     bases = [*range(0, shape.words - size, size), shape.words - size]
     guesses = np.repeat(schedule[np.newaxis], len(bases), axis=0)
     for guess, base in zip(guesses, bases, strict=True):
@@ -325,23 +353,11 @@ def _nearest(schedule: _Bytes, shape: _Shape) -> tuple[bytes, int]:
         guesses[:, index] = guesses[:, index - size] ^ _temp(guesses[:, index - 1], index, size)
     errors = np.bitwise_count(guesses ^ schedule).sum(axis=(1, 2))
     best = int(errors.argmin())
-    return guesses[best, :size].tobytes(), int(errors[best])
-
-
-def _encryption_form(schedules: _Bytes) -> _Bytes:
-    """Schedules of decryption as those of encryption that they are made of.
-
-    Args:
-        schedules: uint8, shape (n, words, 4), the last round first.
-    """
-    count, words, _ = schedules.shape
-    rounds = schedules.reshape(count, words // 4, 4, 4)[:, ::-1].copy()
-    inner = rounds[:, 1:-1]  # MixColumns undoes InvMixColumns (FIPS 197, section 5.1.3)
-    twice = inner << 1 ^ (inner >> 7) * np.uint8(0x1B)
-    rounds[:, 1:-1] = (
-        twice
-        ^ np.roll(twice ^ inner, -1, axis=-1)
-        ^ np.roll(inner, -2, axis=-1)
-        ^ np.roll(inner, -3, axis=-1)
+    return KeySchedule(
+        offset=start,
+        size_bytes=4 * shape.words,
+        form=shape.form,
+        swapped=swapped,
+        errors=int(errors[best]),
+        key=guesses[best, :size].tobytes(),
     )
-    return rounds.reshape(count, words, 4)

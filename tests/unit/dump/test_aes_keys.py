@@ -172,7 +172,7 @@ def test_what_is_no_schedule(data: bytes, max_errors: int) -> None:
 def test_plain_memory_has_nothing_to_try(what: str) -> None:
     """Nor is it slow: there is no place that would have to be compared in full."""
     words = np.frombuffer(NOT_SCHEDULES[what], "<u4")
-    assert sum(len(edges) for _shape, edges in aes_keys._edges(words)) <= 1
+    assert sum(map(len, aes_keys._edges(words))) <= 1
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 31, 175, 176])
