@@ -55,6 +55,7 @@ def test_a_key_is_in_the_guests_memory_and_not_in_dram(mktme_vm: Vm, tmp_path: P
     key = hold_key(mktme_vm)
     with mktme_vm.held() as engine:
         save_ram(mktme_vm, tmp_path / "ram")
+        engine.write_sidecar()
         dram = searched(Path(engine.welcome.dram_path), raw=False)
     ram = searched(tmp_path / "ram", raw=True)
     found = places(ram, key)
@@ -71,6 +72,7 @@ def test_without_encryption_it_is_in_dram(mktme_vm: Vm, tmp_path: Path) -> None:
     key = hold_key(mktme_vm)
     with mktme_vm.held() as engine:
         save_ram(mktme_vm, tmp_path / "ram")
+        engine.write_sidecar()
         dram = searched(Path(engine.welcome.dram_path), raw=False)
     ram = searched(tmp_path / "ram", raw=True)
     found = places(dram, key)

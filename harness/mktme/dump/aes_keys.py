@@ -25,28 +25,28 @@ from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.stride_tricks import sliding_window_view
 
 from mktme.proof.key_patterns import SBOX
 
 MAX_ERRORS: Final = 12
 """More bits than this that are wrong, and mostly-zero memory would have to be tried in full."""
 
+MIN_SCHEDULE_BYTES: Final = 176
 MAX_SCHEDULE_BYTES: Final = 240
-"""Of AES-256: 15 round keys."""
+"""Of AES-128, with 11 round keys, to AES-256, with 15."""
 
 _XTS_REACH_BYTES: Final = 512
 """Two schedules that begin this close may be one XTS key's. Linux's struct crypto_aes_ctx has 484
 bytes (include/crypto/aes.h), and OpenSSL's AES_KEY 244; an XTS context has two in a row."""
 
-_BATCH_WORDS: Final = 1 << 16  # the arrays for this many fit a core's L2 cache
+_BATCH_WORDS: Final = 1 << 17  # few calls, and arrays that stay in a core's caches
 _HALO_WORDS: Final = 9  # of what follows a batch: a row of AES-256, and one
 _BATCH_EDGES: Final = 1 << 10
 _WORST_SPREAD: Final = 10
 """How many bits of a schedule's relations one wrong bit can spoil: one where it is itself the
 result, one as w[i-Nk], and eight behind an S-box as w[i-1]."""
 
-_Bytes: TypeAlias = npt.NDArray[np.uint8]
+_Words: TypeAlias = npt.NDArray[np.uint32]
 _SUB_BYTES: Final = np.frombuffer(SBOX, np.uint8)
 # Rcon (FIPS 197, table 5): powers of x in GF(2^8).
 _ROUND_CONSTANTS: Final = (0x01, 0x02, 0x04, 0x08, 0x10, 0x20, 0x40, 0x80, 0x1B, 0x36)
@@ -98,6 +98,7 @@ class _Shape:
 
     Attributes:
         step: of the relation w[p] ^ w[p-1] = w[p+step], in words of the schedule as it is kept.
+        order: in which words are tried: those with an S-box tell most.
         anchors: int64, shape (n,): bytes from the schedule's first to where two words in a row
             may begin that obey it, as do those of the next row; they are aligned in the data, not
             in the schedule.
@@ -107,6 +108,7 @@ class _Shape:
     rounds: int
     form: Form
     step: int
+    order: tuple[int, ...]
     anchors: npt.NDArray[np.int64]
 
     @property
@@ -114,24 +116,24 @@ class _Shape:
         return 4 * (self.rounds + 1)
 
     def word(
-        self, data: _Bytes, starts: npt.NDArray[np.int64], index: int, swapped: bool
-    ) -> _Bytes:
+        self, memory: _Words, starts: npt.NDArray[np.int64], index: int, swapped: bool
+    ) -> _Words:
         """A word of some schedules, as it would be for encryption.
 
         Args:
-            data: where they are kept.
-            starts: where each begins.
+            memory: uint32, shape (n,): the four bytes from each address on.
+            starts: where each schedule begins, shape (k,).
             index: in the order of FIPS 197.
             swapped: whether the bytes of words are kept reversed.
 
         Returns:
-            uint8, shape (len(starts), 4).
+            uint32, shape (k,).
         """
         row, column = divmod(index, 4)
         kept = index if self.form is Form.ENCRYPTION else 4 * (self.rounds - row) + column
-        found: _Bytes = sliding_window_view(data, 4)[starts + 4 * kept]
+        found = memory[starts + 4 * kept]
         if swapped:
-            found = found[:, ::-1]
+            found = found.byteswap()
         if self.form is Form.DECRYPTION and 0 < row < self.rounds:
             found = _mix_columns(found)
         return found
@@ -155,7 +157,8 @@ class _Shape:
             if {p + 1, p + key_words, p + key_words + 1} <= obey
             and (shift == 0 or {p + 2, p + key_words + 2} <= obey)
         ]
-        return cls(key_words, rounds, form, step, np.array(anchors, np.int64))
+        order = sorted(range(key_words, 4 * rounds + 4), key=lambda one: _is_linear(one, key_words))
+        return cls(key_words, rounds, form, step, tuple(order), np.array(anchors, np.int64))
 
 
 def _is_linear(index: int, key_words: int) -> bool:
@@ -171,7 +174,7 @@ _SHAPES: Final = (
 )
 
 
-def find_schedules(data: _Bytes, max_errors: int = 0) -> list[KeySchedule]:
+def find_schedules(data: npt.NDArray[np.uint8], max_errors: int = 0) -> list[KeySchedule]:
     """Find the AES key schedules in some memory, at each byte offset.
 
     With errors, a schedule is found if two of its rows, one behind the other, have none, nor has
@@ -190,7 +193,10 @@ def find_schedules(data: _Bytes, max_errors: int = 0) -> list[KeySchedule]:
     """
     if not 0 <= max_errors <= MAX_ERRORS:
         raise ValueError(f"0 to {MAX_ERRORS} bits of a schedule may be wrong, not {max_errors}")
+    if len(data) < MIN_SCHEDULE_BYTES:
+        return []
     words = data[: len(data) // 4 * 4].view("<u4")
+    memory = np.ndarray(len(data) - 3, "<u4", data, strides=1)
     found: dict[tuple[int, Form], KeySchedule] = {}
     for shape, edges in zip(_SHAPES, _edges(words), strict=True):
         tolerated = max_errors if shape.form is Form.ENCRYPTION else 0
@@ -198,8 +204,8 @@ def find_schedules(data: _Bytes, max_errors: int = 0) -> list[KeySchedule]:
             starts = (4 * edges[first : first + _BATCH_EDGES, np.newaxis] - shape.anchors).ravel()
             starts = starts[(starts >= 0) & (starts <= len(data) - 4 * shape.words)]
             for swapped in (False, True):
-                for start in _candidates(data, starts, shape, swapped, _WORST_SPREAD * tolerated):
-                    one = _nearest(data, int(start), shape, swapped)
+                for start in _candidates(memory, starts, shape, swapped, _WORST_SPREAD * tolerated):
+                    one = _nearest(memory, int(start), shape, swapped)
                     if one.errors <= tolerated:
                         found[one.offset, one.form] = one
     return sorted(found.values(), key=lambda one: one.offset)
@@ -241,7 +247,7 @@ def xts_partners(found: Sequence[KeySchedule]) -> dict[int, int]:
 # --- where a schedule may be ------------------------------------------------------------------
 
 
-def _edges(words: npt.NDArray[np.uint32]) -> list[npt.NDArray[np.int64]]:
+def _edges(words: _Words) -> list[npt.NDArray[np.int64]]:
     """Indices of words where a row of a schedule may begin, for each of `_SHAPES`."""
     count = len(words)
     change = np.empty(_BATCH_WORDS + _HALO_WORDS, np.uint32)
@@ -271,9 +277,7 @@ def _edges(words: npt.NDArray[np.uint32]) -> list[npt.NDArray[np.int64]]:
     ]
 
 
-def _nontrivial(
-    words: npt.NDArray[np.uint32], edges: npt.NDArray[np.int64], step: int
-) -> npt.NDArray[np.int64]:
+def _nontrivial(words: _Words, edges: npt.NDArray[np.int64], step: int) -> npt.NDArray[np.int64]:
     """Those edges that are not just zeros and words that repeat each other."""
     kept: npt.NDArray[np.int64] = edges[(words[edges + step] | words[edges + step + 1]) != 0]
     return kept
@@ -283,7 +287,7 @@ def _nontrivial(
 
 
 def _candidates(
-    data: _Bytes,
+    memory: _Words,
     starts: npt.NDArray[np.int64],
     shape: _Shape,
     swapped: bool,
@@ -295,14 +299,12 @@ def _candidates(
     relations that have an S-box in them come first.
     """
     size = shape.key_words
-
-    def word(index: int) -> _Bytes:
-        return shape.word(data, starts, index, swapped)
-
     wrong_bits = np.zeros(len(starts), np.int64)
-    for index in sorted(range(size, shape.words), key=lambda one: _is_linear(one, size)):
-        wrong = word(index) ^ word(index - size) ^ _temp(word(index - 1), index, size)
-        wrong_bits += np.bitwise_count(wrong).sum(axis=-1, dtype=np.int64)
+    for index in shape.order:
+        before, behind, here = (
+            shape.word(memory, starts, one, swapped) for one in (index - size, index - 1, index)
+        )
+        wrong_bits += np.bitwise_count(here ^ before ^ _temp(behind, index, size))
         kept = wrong_bits <= tolerated_bits
         starts, wrong_bits = starts[kept], wrong_bits[kept]
         if not len(starts):
@@ -310,48 +312,23 @@ def _candidates(
     return np.unique(starts)
 
 
-def _temp(previous: _Bytes, index: int, key_words: int) -> _Bytes:
-    """What word `index` is made of besides w[i-Nk]: "temp" in FIPS 197, section 5.2.
-
-    Args:
-        previous: uint8, shape (..., 4): word `index` - 1 of some schedules.
-        index: at least `key_words`.
-        key_words: words of a key.
-    """
-    if _is_linear(index, key_words):
-        return previous
-    if index % key_words:
-        return _SUB_BYTES[previous]
-    mixed = _SUB_BYTES[np.roll(previous, -1, axis=-1)]
-    mixed[..., 0] ^= _ROUND_CONSTANTS[index // key_words - 1]
-    return mixed
-
-
-def _mix_columns(columns: _Bytes) -> _Bytes:
-    """MixColumns, which undoes InvMixColumns (FIPS 197, section 5.1.3): uint8, shape (..., 4)."""
-    twice: _Bytes = np.left_shift(columns, 1) ^ np.right_shift(columns, 7) * np.uint8(0x1B)
-    thrice = twice ^ columns
-    around = [np.roll(one, -by, axis=-1) for one, by in ((thrice, 1), (columns, 2), (columns, 3))]
-    mixed: _Bytes = np.bitwise_xor.reduce([twice, *around])
-    return mixed
-
-
-def _nearest(data: _Bytes, start: int, shape: _Shape, swapped: bool) -> KeySchedule:
+def _nearest(memory: _Words, start: int, shape: _Shape, swapped: bool) -> KeySchedule:
     """The schedule that is nearest to what is kept somewhere.
 
     Each stretch as long as the key is taken for right in turn, and the others follow.
     """
     size = shape.key_words
     at = np.array([start])
-    schedule = np.concatenate([shape.word(data, at, one, swapped) for one in range(shape.words)])
+    kept = np.concatenate([shape.word(memory, at, one, swapped) for one in range(shape.words)])
     bases = [*range(0, shape.words - size, size), shape.words - size]
-    guesses = np.repeat(schedule[np.newaxis], len(bases), axis=0)
-    for guess, base in zip(guesses, bases, strict=True):
+    guesses = np.repeat(kept[:, np.newaxis], len(bases), axis=1)
+    for number, base in enumerate(bases):
+        guess = guesses[:, number : number + 1]
         for index in range(base + size - 1, size - 1, -1):
             guess[index - size] = guess[index] ^ _temp(guess[index - 1], index, size)
     for index in range(size, shape.words):
-        guesses[:, index] = guesses[:, index - size] ^ _temp(guesses[:, index - 1], index, size)
-    errors = np.bitwise_count(guesses ^ schedule).sum(axis=(1, 2))
+        guesses[index] = guesses[index - size] ^ _temp(guesses[index - 1], index, size)
+    errors = np.bitwise_count(guesses ^ kept[:, np.newaxis]).sum(axis=0)
     best = int(errors.argmin())
     return KeySchedule(
         offset=start,
@@ -359,5 +336,37 @@ def _nearest(data: _Bytes, start: int, shape: _Shape, swapped: bool) -> KeySched
         form=shape.form,
         swapped=swapped,
         errors=int(errors[best]),
-        key=guesses[best, :size].tobytes(),
+        key=guesses[:size, best].tobytes(),
     )
+
+
+# --- AES on words -----------------------------------------------------------------------------
+#
+# A word's first byte in memory is its lowest here, so RotWord turns right.
+
+
+def _rotated(words: _Words, bits: int) -> _Words:
+    return words >> np.uint32(bits) | words << np.uint32(32 - bits)
+
+
+def _temp(previous: _Words, index: int, key_words: int) -> _Words:
+    """What word `index` is made of besides w[i-Nk]: "temp" in FIPS 197, section 5.2.
+
+    Args:
+        previous: uint32, shape (n,): word `index` - 1 of some schedules.
+        index: at least `key_words`.
+        key_words: words of a key.
+    """
+    if _is_linear(index, key_words):
+        return previous
+    substituted: _Words = _SUB_BYTES[previous.view(np.uint8)].view(np.uint32)
+    if index % key_words:
+        return substituted
+    return _rotated(substituted, 8) ^ np.uint32(_ROUND_CONSTANTS[index // key_words - 1])
+
+
+def _mix_columns(columns: _Words) -> _Words:
+    """MixColumns, which undoes InvMixColumns (FIPS 197, section 5.1.3): uint32, shape (n,)."""
+    high = columns >> np.uint32(7) & np.uint32(0x0101_0101)
+    twice = (columns & np.uint32(0x7F7F_7F7F)) << np.uint32(1) ^ high * np.uint32(0x1B)
+    return twice ^ _rotated(twice ^ columns, 8) ^ _rotated(columns, 16) ^ _rotated(columns, 24)
