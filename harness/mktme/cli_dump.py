@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import typer
 
+from mktme.cli_dump_search import SEARCH_EPILOG, search
+
 dump_app = typer.Typer(
     help="DRAM images: capture, look at, search and decrypt them.", no_args_is_help=True
 )
+dump_app.command(epilog=SEARCH_EPILOG)(search)

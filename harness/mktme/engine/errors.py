@@ -36,6 +36,7 @@ The whole tree, outer layers included (each layer defines its own branch)::
     │   └── GuestCommandError       a command in it failed
     ├── GuestRamError               mktme.proof.guest_ram: RAM that cannot be read
     ├── KeySearchError              mktme.proof.custody: what cannot be searched for keys
+    ├── PatternError                mktme.dump.patterns: what cannot be searched for
     └── DumpError                   mktme.dump.image: an image that is not what it is said to be
         └── DumpChangedError        it was written while it was read
 """

@@ -54,7 +54,8 @@ def _make_sbox() -> bytes:
     return bytes(table)
 
 
-_SBOX: Final = _make_sbox()
+SBOX: Final = _make_sbox()
+"""SubBytes of each byte."""
 
 
 def encryption_round_keys(key: bytes) -> tuple[bytes, ...]:
@@ -69,11 +70,11 @@ def encryption_round_keys(key: bytes) -> tuple[bytes, ...]:
     for index in range(in_key, 4 * (in_key + 7)):
         word = words[-1]
         if index % in_key == 0:
-            word = (word[1:] + word[:1]).translate(_SBOX)
+            word = (word[1:] + word[:1]).translate(SBOX)
             word = bytes((word[0] ^ constant, *word[1:]))
             constant = _xtime(constant)
         elif in_key > 6 and index % in_key == 4:
-            word = word.translate(_SBOX)
+            word = word.translate(SBOX)
         words.append(bytes(a ^ b for a, b in zip(word, words[-in_key], strict=True)))
     return tuple(b"".join(words[at : at + 4]) for at in range(0, len(words), 4))
 

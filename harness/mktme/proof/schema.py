@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from mktme.dump.search import SearchReport
 from mktme.proof.bench import BenchReport
 from mktme.proof.features.table import FeatureReport
 from mktme.proof.platform_report import (
@@ -32,6 +33,7 @@ DOCUMENTS: Final[dict[str, type]] = {
     "keyid-change-1.json": KeyIdChange,
     "features-1.json": FeatureReport,
     "tamper-1.json": TamperReport,
+    "dump-search-1.json": SearchReport,
 }
 
 
