@@ -127,6 +127,11 @@ class LineDiff:
         return cls(written_lines(a), written_lines(b), written_lines(a ^ b))
 
     @property
+    def flags(self) -> tuple[Flags, Flags, Flags]:
+        """All three."""
+        return self.in_a, self.in_b, self.differs
+
+    @property
     def changed(self) -> Flags:
         """Written in both, and not the same."""
         return self.in_a & self.in_b & self.differs
@@ -231,7 +236,6 @@ class _DiffWork:
 def _compare(a: Pages, b: Pages, c: Pages | None) -> _Tally:
     lines = LineDiff.of(a, b)
     changed = lines.changed
-    in_a, in_b = lines.in_a.any(axis=1), lines.in_b.any(axis=1)
     xor = (_lines(a)[changed] ^ _lines(b)[changed]).reshape(-1, LINE_BLOCKS, 2)
     blocks = (xor != 0).any(axis=2).sum(axis=1)
     returned = np.zeros(3, np.int64)
@@ -241,8 +245,8 @@ def _compare(a: Pages, b: Pages, c: Pages | None) -> _Tally:
         kept = (now == _lines(b)[changed]).all(axis=1)
         returned[:] = back.sum(), kept.sum(), len(now) - back.sum() - kept.sum()
     return _Tally(
-        pages=_change(in_a, in_b, lines.differs.any(axis=1)),
-        lines=_change(lines.in_a, lines.in_b, lines.differs),
+        pages=_change(*(np.asarray(one.any(axis=1)) for one in lines.flags)),
+        lines=_change(*lines.flags),
         blocks=np.bincount(blocks, minlength=LINE_BLOCKS + 1),
         bits=int(np.bitwise_count(xor).sum(dtype=np.int64)),
         returned=returned,

@@ -354,8 +354,8 @@ def _reasons(
     found: list[str] = []
     if tally.first_structured is not None:
         found.append(
-            f"{_count(tally.structured, 'page')} of {tally.pages:,} less random than chance has"
-            f" it, the first at {tally.first_structured * PAGE_BYTES:#x}"
+            f"{tally.structured:,} of {tally.pages:,} pages have less entropy than random bytes, the"
+            f" first at {tally.first_structured * PAGE_BYTES:#x}"
         )
     if p_value is not None and tally.lines >= MIN_LINES:
         if p_value < P_LIMIT:
@@ -364,12 +364,8 @@ def _reasons(
             found.append(f"bytes more equally frequent than by chance: p > 1 - {P_LIMIT:g}")
     for what, one in (("16-byte blocks", blocks), ("lines", lines)):
         if one.repeated:
-            found.append(f"{one.repeated:,} of {one.counted:,} {what} are there more than once")
+            found.append(f"{one.repeated:,} of {one.counted:,} {what} come more than once")
     return tuple(found)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _repeats(sketch: Sketch, size_bytes: int, shift: int) -> Repeats:

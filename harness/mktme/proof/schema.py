@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from mktme.dump.diff import DiffReport
+from mktme.dump.stats import StatsReport
 from mktme.proof.bench import BenchReport
 from mktme.proof.features.table import FeatureReport
 from mktme.proof.platform_report import (
@@ -32,6 +34,8 @@ DOCUMENTS: Final[dict[str, type]] = {
     "keyid-change-1.json": KeyIdChange,
     "features-1.json": FeatureReport,
     "tamper-1.json": TamperReport,
+    "dump-stats-1.json": StatsReport,
+    "dump-diff-1.json": DiffReport,
 }
 
 
