@@ -108,7 +108,9 @@ def draw_map(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="The picture: .png or .svg.")
     ],
-    what: Annotated[What, typer.Option(help="What is shown of a page.")] = What.ENTROPY,
+    what: Annotated[
+        What, typer.Option(metavar="WHAT", help="Of a page: entropy, keyid, written or difference.")
+    ] = What.ENTROPY,
     order: Annotated[Order, typer.Option(help="How pages follow one another.")] = Order.HILBERT,
     other: Annotated[
         Path | None,
@@ -324,9 +326,8 @@ def _print_diff(report: DiffReport) -> None:
     out.print(table)
     if not report.keyids:
         out.print("nothing is written in either", highlight=False)
-    for zone in report.keyids:
-        for line in _remarks(zone, report.image_c):
-            out.print(f"KeyID {_pair(zone)}: {line}", markup=False, highlight=False)
+    if any(zone.lines.changed for zone in report.keyids):
+        out.print(_changed_table(report))
     out.print(
         "equal: not written in between, or as it was; XTS has no freshness: at one address and"
         f" under one key, the same plaintext has the same ciphertext. A line is {LINE_BYTES} bytes,"
@@ -341,20 +342,19 @@ def _pair(zone: ZoneDiff) -> str:
     return a if a == b else f"{a}, then {b}"
 
 
-def _remarks(zone: ZoneDiff, image_c: str | None) -> list[str]:
-    changed = zone.lines.changed
-    if changed == 0 or zone.bits_changed is None:
-        return []
-    shares = ", ".join(
-        f"{blocks}: {count / changed:.1%}" for blocks, count in enumerate(zone.blocks_changed, 1)
-    )
-    found = [
-        f"changed lines by blocks of 16 bytes that differ: {shares}; in these,"
-        f" {zone.bits_changed:.2%} of the bits do"
-    ]
-    if zone.returned is not None and image_c is not None:
-        found.append(
-            f"of {changed:,} changed lines {Path(image_c).name} has {zone.returned.back:,} as they"
-            f" were in A, {zone.returned.kept:,} as in B, {zone.returned.neither:,} as in neither"
-        )
-    return found
+def _changed_table(report: DiffReport) -> Table:
+    figures = ["1", "2", "3", "4", "bits in these"]
+    title = "Changed lines, by how many of their 16-byte blocks differ"
+    if report.image_c is not None:
+        figures += ["as in A", "as in B", "neither"]
+        title += f"; and what C, {escape(Path(report.image_c).name)}, has there"
+    table = make_table(title, "KeyID", *figures, right=tuple(figures))
+    for zone in report.keyids:
+        if zone.bits_changed is None:
+            continue
+        cells = [*(f"{one:,}" for one in zone.blocks_changed), f"{zone.bits_changed:.2%}"]
+        if zone.returned is not None:
+            found = zone.returned
+            cells += [f"{one:,}" for one in (found.back, found.kept, found.neither)]
+        table.add_row(_pair(zone), *cells)
+    return table

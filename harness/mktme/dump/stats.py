@@ -354,8 +354,8 @@ def _reasons(
     found: list[str] = []
     if tally.first_structured is not None:
         found.append(
-            f"{tally.structured:,} of {tally.pages:,} pages have less entropy than random bytes, the"
-            f" first at {tally.first_structured * PAGE_BYTES:#x}"
+            f"{tally.structured:,} of {tally.pages:,} pages have less entropy than random bytes,"
+            f" the first at {tally.first_structured * PAGE_BYTES:#x}"
         )
     if p_value is not None and tally.lines >= MIN_LINES:
         if p_value < P_LIMIT:
