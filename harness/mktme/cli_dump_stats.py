@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from math import sqrt
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +43,7 @@ SchedulerOption = Annotated[
 ]
 ThreadsOption = Annotated[
     int | None,
-    typer.Option(min=1, help="Threads that do the work.", show_default="one for each CPU"),
+    typer.Option(min=1, help="Threads that do the work.", show_default="one a CPU, up to 16"),
 ]
 
 _COLOURS = {
@@ -243,7 +244,7 @@ def _print_verdict(zone: ZoneStats) -> None:
 def _print_strings(zone: ZoneStats) -> None:
     """Show the longest strings of memory that has more of them than chance does."""
     for kind in zone.strings:
-        if kind.found <= 2 * kind.by_chance + 5:
+        if kind.found <= 1 + kind.by_chance + 5 * sqrt(kind.by_chance):
             continue
         name = {"ascii": "ASCII", "utf-16le": "UTF-16LE"}[kind.encoding]
         out.print(

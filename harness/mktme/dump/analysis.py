@@ -67,7 +67,7 @@ class Sampling:
         """What keeps an image of so many bytes, holes not among them, within bounds."""
 
         def shift(things: int, most: int) -> int:
-            return max(0, (-(-things // most) - 1).bit_length())
+            return max(0, -(-things // most) - 1).bit_length()
 
         return cls(
             shift(size_bytes // BLOCK_BYTES, _SKETCH_VALUES),

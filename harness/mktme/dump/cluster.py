@@ -25,6 +25,7 @@ TASK_BYTES: Final = 32 << 20
 _TASK_REGIONS: Final = 1 << 14
 _MERGED_AT_ONCE: Final = 8
 _CONNECT_TIMEOUT_S: Final = 10
+_MAX_THREADS: Final = 16  # unless asked for: each takes some 12 MiB
 
 Result = TypeVar("Result")
 Found = TypeVar("Found", covariant=True)
@@ -69,7 +70,7 @@ class Workers:
     Attributes:
         scheduler: address of a Dask scheduler, such as tcp://host:8786; None: threads of this
             process.
-        threads: how many; None: one for each CPU that it may use.
+        threads: how many; None: one for each CPU that it may use, 16 at most.
         task_bytes: what a task reads, whole pages.
     """
 
@@ -136,7 +137,7 @@ def _here(merged: Any, workers: Workers, progress: Progress | None) -> Any:
         if progress is not None:
             progress(len(state["finished"]), total)
 
-    threads = workers.threads or len(os.sched_getaffinity(0))
+    threads = workers.threads or min(_MAX_THREADS, len(os.sched_getaffinity(0)))
     with Callback(start=start, posttask=after):  # type: ignore[no-untyped-call]
         return merged.compute(scheduler="threads", num_workers=threads)
 

@@ -256,7 +256,8 @@ def _draw_outline(axes: Axes, layout: Layout, outline: Outline) -> None:
         color=_INK,
         ha="left",
         va="top",
-        path_effects=[withStroke(linewidth=2.4, foreground="white")],
+        # No stroke around letters: in an SVG it would make shapes of them.
+        bbox={"facecolor": "white", "linewidth": 0, "alpha": 0.8, "pad": 1.5},
     )
 
 
