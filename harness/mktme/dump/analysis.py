@@ -37,9 +37,9 @@ PAGE_DEVIATIONS: Final = 7.0
 whole page that is 7.927; chance alone does it to one page in about 10^9."""
 
 _BATCH_PAGES: Final = 128  # enough for NumPy's calls to cost little, and little enough for a cache
-_SKETCH_VALUES: Final = 1 << 20
-_COMPRESSED_PAGES: Final = 1024
-_COMPRESSED_MAX_SHIFT: Final = 8  # zlib takes eight times as long as all the rest together
+_SKETCH_VALUES: Final = 1 << 18
+_COMPRESSED_PAGES: Final = 512
+_COMPRESSED_MAX_SHIFT: Final = 9  # zlib takes eight times as long as all the rest together
 _FIXED_POINT: Final = 1 << 20  # entropies are summed as integers: their order must not matter
 _COUNT_POINT: Final = 1 << 32
 
@@ -145,10 +145,43 @@ def tally_pages(pages: PagesArray, numbers: npt.NDArray[np.int64], sampling: Sam
         numbers: int64, shape (n,): their numbers, DRAM address / 4096.
         sampling: what is not done with all of them.
     """
-    batches = range(0, len(pages), _BATCH_PAGES)
-    return Tally.merged(
-        _tally(pages[at : at + _BATCH_PAGES], numbers[at : at + _BATCH_PAGES], sampling)
-        for at in batches
+    written = written_lines(pages)
+    any_line = written.any(axis=1)
+    if not any_line.all():
+        pages, numbers, written = pages[any_line], numbers[any_line], written[any_line]
+    if len(pages) == 0:
+        return Tally.merged(())
+    lines = written.sum(axis=1, dtype=np.int64)
+    places = hash_numbers(numbers)
+    entropies, histogram = np.empty(len(pages)), np.zeros(SYMBOLS, np.int64)
+    block_hashes, line_hashes = [], []
+    for first in range(0, len(pages), _BATCH_PAGES):
+        part = slice(first, first + _BATCH_PAGES)
+        entropies[part], counts = page_entropy(pages[part], lines[part])
+        histogram += counts.sum(axis=0)
+        blocks = hash_blocks(pages[part].view(np.uint64))
+        inside = written[part], places[part]
+        block_hashes.append(_sample(blocks, *inside, sampling.block_shift))
+        line_hashes.append(_sample(hash_lines(blocks), *inside, sampling.line_shift))
+    structured = numbers[entropies < structured_below()[lines]]
+    bins = np.minimum((entropies * (ENTROPY_BINS / 8)).astype(np.int64), ENTROPY_BINS - 1)
+    compressed = _compress(pages, written, places, sampling.page_shift)
+    ascii_found, utf16_found = find_strings(pages, numbers)
+    return Tally(
+        pages=len(pages),
+        lines=int(lines.sum()),
+        histogram=histogram,
+        entropies=np.bincount(bins, minlength=ENTROPY_BINS),
+        entropy_sum=int(np.rint(entropies * _FIXED_POINT).astype(np.int64).sum()),
+        structured=len(structured),
+        first_structured=int(structured.min()) if len(structured) else None,
+        compressed_pages=compressed[0],
+        compressed_from=compressed[1],
+        compressed_to=compressed[2],
+        blocks=Sketch.of(np.concatenate(block_hashes)),
+        line_values=Sketch.of(np.concatenate(line_hashes)),
+        ascii=ascii_found,
+        utf16=utf16_found,
     )
 
 
@@ -188,51 +221,17 @@ def page_entropy(
     return np.log2(size) - total / (size * float(_COUNT_POINT)), counts
 
 
-def _tally(pages: PagesArray, numbers: npt.NDArray[np.int64], sampling: Sampling) -> Tally:
-    written = written_lines(pages)
-    lines = written.sum(axis=1, dtype=np.int64)
-    any_line = lines > 0
-    if not any_line.all():
-        pages, numbers = pages[any_line], numbers[any_line]
-        written, lines = written[any_line], lines[any_line]
-    if len(pages) == 0:
-        return Tally.merged(())
-    entropies, counts = page_entropy(pages, lines)
-    structured = numbers[entropies < structured_below()[lines]]
-    blocks = hash_blocks(pages.view(np.uint64))
-    places = hash_numbers(numbers)
-    ascii_found, utf16_found = find_strings(pages, numbers)
-    compressed = _compress(pages, written, places, sampling.page_shift)
-    bins = np.minimum((entropies * (ENTROPY_BINS / 8)).astype(np.int64), ENTROPY_BINS - 1)
-    return Tally(
-        pages=len(pages),
-        lines=int(lines.sum()),
-        histogram=counts.sum(axis=0),
-        entropies=np.bincount(bins, minlength=ENTROPY_BINS),
-        entropy_sum=int(np.rint(entropies * _FIXED_POINT).astype(np.int64).sum()),
-        structured=len(structured),
-        first_structured=int(structured.min()) if len(structured) else None,
-        compressed_pages=compressed[0],
-        compressed_from=compressed[1],
-        compressed_to=compressed[2],
-        blocks=_sketch(blocks, written, places, sampling.block_shift),
-        line_values=_sketch(hash_lines(blocks), written, places, sampling.line_shift),
-        ascii=ascii_found,
-        utf16=utf16_found,
-    )
-
-
-def _sketch(hashes: Hashes, written: npt.NDArray[np.bool_], places: Hashes, shift: int) -> Sketch:
-    """Count the hashes that are in a sample, shape (n, m), but for lines that were not written."""
+def _sample(hashes: Hashes, written: npt.NDArray[np.bool_], places: Hashes, shift: int) -> Hashes:
+    """Those hashes, of shape (n, m), that are in a sample, but for lines that were not written."""
     per_line = hashes.shape[1] // PAGE_LINES
     if shift == 0:
-        return Sketch.of(hashes[np.repeat(written, per_line, axis=1)])
+        return hashes.compress(np.repeat(written, per_line))
     below = np.uint64(1 << (64 - shift))
     taken = hashes < below
     taken[places < below] = True
     at = np.flatnonzero(taken)
     at = at[written.reshape(-1)[at // per_line]]
-    return Sketch.of(hashes.reshape(-1)[at])
+    return hashes.take(at)
 
 
 def _compress(

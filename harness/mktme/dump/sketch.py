@@ -16,8 +16,8 @@ from typing import Final, Self
 import numpy as np
 import numpy.typing as npt
 
-LIMIT: Final = 1 << 21
-"""The most values that a sketch keeps: 32 MiB. Sampling aims at half of it, and a guest that makes
+LIMIT: Final = 1 << 20
+"""The most values that a sketch keeps: 16 MiB. Sampling aims at half of it, and a guest that makes
 its memory such that its hashes are small meets this."""
 
 # Odd numbers with bits all over: 2^64 over the golden ratio, and those of MurmurHash3 and xxHash.
@@ -27,6 +27,7 @@ _K2: Final = np.uint64(0xC4CEB9FE1A85EC53)
 _PLACES: Final = np.array(
     [0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5], np.uint64
 )
+_SALT: Final = np.uint64(0x27D4EB2F165667C5)  # or the hash of zeros were 0, and in every sample
 _HALF: Final = np.uint64(32)
 _WHOLE: Final = 1 << 64
 
@@ -55,7 +56,7 @@ class Sketch:
     @classmethod
     def of(cls, hashes: Hashes, limit: int = LIMIT) -> Self:
         """Count hashes: uint64, shape (n,), in any order."""
-        return cls._reduced(hashes, np.ones(len(hashes), np.int64), _WHOLE, limit)
+        return cls.merged([cls(hashes, np.ones(len(hashes), np.int64))], limit)
 
     @classmethod
     def merged(cls, parts: Iterable[Sketch], limit: int = LIMIT) -> Self:
@@ -63,27 +64,25 @@ class Sketch:
         found = list(parts)
         if not found:
             return cls.empty()
-        return cls._reduced(
-            np.concatenate([one.hashes for one in found]),
-            np.concatenate([one.counts for one in found]),
-            min(one.cut for one in found),
-            limit,
-        )
-
-    @classmethod
-    def _reduced(cls, hashes: Hashes, counts: npt.NDArray[np.int64], cut: int, limit: int) -> Self:
+        cut = min(one.cut for one in found)
+        all_hashes = np.concatenate([one.hashes for one in found])
+        all_counts = np.concatenate([one.counts for one in found])
+        # Nearly all came once where it is ciphertext: they are sorted without their counts, which
+        # is several times as fast, and what the others had more is put on top.
+        more = all_counts > 1
+        more_hashes, more_counts = all_hashes[more], all_counts[more] - 1
+        all_hashes.sort(kind="stable" if len(found) > 1 else None)  # stable: a merge of runs
         if cut < _WHOLE:
-            kept = hashes < np.uint64(cut)
-            hashes, counts = hashes[kept], counts[kept]
-        if len(hashes) == 0:
-            return cls(hashes, counts, cut)
-        order = np.argsort(hashes)
-        hashes = hashes[order]
-        first = np.flatnonzero(np.concatenate(([True], hashes[1:] != hashes[:-1])))
+            all_hashes = all_hashes[: np.searchsorted(all_hashes, np.uint64(cut))]
+            kept = more_hashes < np.uint64(cut)
+            more_hashes, more_counts = more_hashes[kept], more_counts[kept]
+        first = np.flatnonzero(all_hashes[1:] != all_hashes[:-1]) + 1
+        first = np.concatenate(([0], first)) if len(all_hashes) else first
+        hashes = all_hashes[first]
+        counts = np.diff(first, append=len(all_hashes))
+        np.add.at(counts, np.searchsorted(hashes, more_hashes), more_counts)
         # A value that is among the `limit` smallest of all is so in each part that has it: what is
         # dropped anywhere would be dropped in the end, and counts of what stays are complete.
-        counts = np.add.reduceat(counts[order], first)
-        hashes = hashes[first]
         if len(hashes) > limit:
             cut = int(hashes[limit])
             hashes, counts = hashes[:limit].copy(), counts[:limit].copy()
@@ -121,6 +120,7 @@ def hash_blocks(words: npt.NDArray[np.uint64]) -> Hashes:
     # of both halves, as (x, y) and (-x, -y) do where floating-point numbers are, had the same.
     found ^= found >> _HALF
     found += words[..., 1::2]
+    found ^= _SALT
     found *= _K1
     return found
 

@@ -26,6 +26,7 @@ FEW: Final = 5
 _FIRST, _LAST = 0x20, 0x7E
 _WORD_BYTES: Final = 8
 _PAGE_WORDS: Final = PAGE_BYTES // _WORD_BYTES
+_BATCH_WORDS: Final = 1 << 16  # 512 KiB, for a cache
 _TEXT_CHARS: Final = 200
 
 _UPPER: Final = np.uint64(0x8080808080808080)
@@ -89,7 +90,15 @@ def find_strings(
         even addresses.
     """
     words = pages.view(np.uint64).reshape(-1)
-    at = np.flatnonzero((words & _UPPER) == 0)
+    at = np.concatenate(
+        [
+            np.empty(0, np.int64),
+            *(
+                np.flatnonzero((words[first : first + _BATCH_WORDS] & _UPPER) == 0) + first
+                for first in range(0, len(words), _BATCH_WORDS)
+            ),
+        ]
+    )
     word = words[at]
     # Bytes are below 80H here: adding 1 carries 7FH into the upper bit, and subtracting 20H borrows
     # into it what is less. A borrow reaches the next byte from one that is out anyway.

@@ -171,10 +171,11 @@ def test_sample_by_page_finds_what_is_everywhere() -> None:
 
 
 def test_sampling_is_as_much_as_fits() -> None:
-    assert Sampling.for_data(16 << 20) == Sampling(0, 0, 2)
-    assert Sampling.for_data((16 << 20) + PAGE) == Sampling(1, 0, 3)
-    assert Sampling.for_data(4 << 20) == Sampling(0, 0, 0)
-    assert Sampling.for_data(64 << 30) == Sampling(12, 10, 8)
+    assert Sampling.for_data(2 << 20) == Sampling(0, 0, 0)
+    assert Sampling.for_data(4 << 20) == Sampling(0, 0, 1)
+    assert Sampling.for_data((4 << 20) + PAGE) == Sampling(1, 0, 2)
+    assert Sampling.for_data(1 << 30) == Sampling(8, 6, 9)
+    assert Sampling.for_data(64 << 30) == Sampling(14, 12, 9)
     assert Sampling.for_data(0) == Sampling(0, 0, 0)
 
 
