@@ -230,8 +230,8 @@ def _sample(hashes: Hashes, written: npt.NDArray[np.bool_], places: Hashes, shif
     taken = hashes < below
     taken[places < below] = True
     at = np.flatnonzero(taken)
-    at = at[written.reshape(-1)[at // per_line]]
-    return hashes.take(at)
+    sampled: Hashes = hashes.take(at[written.take(at // per_line)])
+    return sampled
 
 
 def _compress(
