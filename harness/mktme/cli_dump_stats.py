@@ -17,7 +17,16 @@ from mktme.cli_output import make_table, out
 from mktme.dump.cluster import Source, Workers
 from mktme.dump.diff import DiffReport, ZoneDiff, dump_diff
 from mktme.dump.pixels import Order, What
-from mktme.dump.stats import Repeats, StatsReport, Verdict, ZoneStats, dump_stats
+from mktme.dump.randomness import DEGREES_OF_FREEDOM
+from mktme.dump.stats import (
+    P_LIMIT,
+    Repeats,
+    StatsReport,
+    Verdict,
+    ZoneStats,
+    dump_stats,
+    short,
+)
 from mktme.engine.xts import LINE_BYTES, PAGE_BYTES
 from mktme.proof.report import write_json, write_whole
 from mktme.vm.host import UsageError
@@ -249,7 +258,7 @@ def _print_strings(zone: ZoneStats) -> None:
         name = {"ascii": "ASCII", "utf-16le": "UTF-16LE"}[kind.encoding]
         out.print(
             f"KeyID {_keyid(zone.keyid, zone.excluded)}: {kind.found:,} {name} strings of"
-            f" {kind.min_chars} characters or more ({kind.by_chance:,.0f} by chance), the longest:",
+            f" {kind.min_chars}+ characters ({kind.by_chance:,.0f} by chance), the longest:",
             highlight=False,
         )
         for string in kind.longest:
@@ -262,16 +271,14 @@ def _print_strings(zone: ZoneStats) -> None:
 
 def _print_method(report: StatsReport) -> None:
     limits = report.thresholds
-    sample = report.keyids[0].compression.one_in if report.keyids else 1
-    one = next((zone for zone in report.keyids), None)
-    random = "" if one is None else f" (random: {one.page_entropy_of_random:.4f})"
+    zone = report.keyids[0]  # each page has a KeyID, so there is one
+    sample, limit = zone.compression.one_in, short(limits.p_value)
     lines = (
-        f"structured: a whole page of less than {limits.whole_page_entropy:.4f} bits per"
-        f" byte{random},",
-        f"or chi² (255 degrees of freedom) with p < {limits.p_value:g} or > 1 -"
-        f" {limits.p_value:g}, or a block or line that repeats",
-        f"repeats: {_sampled(report.blocks, '16-byte blocks')};"
-        f" {_sampled(report.lines, 'lines')}; zlib:"
+        f"structured: a page of less than {limits.whole_page_entropy:.4f} bits per byte (random:"
+        f" {zone.page_entropy_of_random:.4f}),",
+        f"  chi² with p < {limit} or > 1 - {limit} ({DEGREES_OF_FREEDOM} degrees of freedom), or a"
+        " repetition",
+        f"looked at: {_sampled(report.blocks, 'blocks')}, {_sampled(report.lines, 'lines')}; zlib:"
         f" {'every page' if sample == 1 else f'1 page in {sample}'}",
     )
     for line in lines:
@@ -279,7 +286,7 @@ def _print_method(report: StatsReport) -> None:
 
 
 def _sampled(repeats: Repeats, what: str) -> str:
-    return f"all {what}" if repeats.one_in == 1 else f"1 in {repeats.one_in:,} of the {what}"
+    return f"all {what}" if repeats.one_in == 1 else f"1 in {repeats.one_in:,} {what}"
 
 
 def _keyid(keyid: int, excluded: bool) -> str:
@@ -295,7 +302,7 @@ def _cipher(zone: ZoneStats) -> str:
 def _p_value(p_value: float | None) -> str:
     if p_value is None:
         return "-"
-    return "< 1e-6" if p_value < 1e-6 else f"{p_value:.3f}"
+    return f"< {short(P_LIMIT)}" if p_value < P_LIMIT else f"{p_value:.3f}"
 
 
 def _share(repeats: Repeats) -> str:

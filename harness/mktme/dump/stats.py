@@ -354,18 +354,23 @@ def _reasons(
     found: list[str] = []
     if tally.first_structured is not None:
         found.append(
-            f"{tally.structured:,} of {tally.pages:,} pages have less entropy than random bytes,"
-            f" the first at {tally.first_structured * PAGE_BYTES:#x}"
+            f"{tally.structured:,} of {tally.pages:,} pages have too little entropy, the first at"
+            f" {tally.first_structured * PAGE_BYTES:#x}"
         )
     if p_value is not None and tally.lines >= MIN_LINES:
         if p_value < P_LIMIT:
-            found.append(f"bytes not equally frequent: p < {P_LIMIT:g}")
+            found.append(f"bytes not equally frequent: p < {short(P_LIMIT)}")
         elif p_value > 1 - P_LIMIT:
-            found.append(f"bytes more equally frequent than by chance: p > 1 - {P_LIMIT:g}")
+            found.append(f"bytes more equally frequent than by chance: p > 1 - {short(P_LIMIT)}")
     for what, one in (("16-byte blocks", blocks), ("lines", lines)):
         if one.repeated:
             found.append(f"{one.repeated:,} of {one.counted:,} {what} come more than once")
     return tuple(found)
+
+
+def short(p_value: float) -> str:
+    """A small probability in few characters: 1e-6, and not 1e-06."""
+    return f"{p_value:.0e}".replace("e-0", "e-")
 
 
 def _repeats(sketch: Sketch, size_bytes: int, shift: int) -> Repeats:

@@ -61,13 +61,13 @@ def test_ciphertext_looks_encrypted(make_image: MakeImage) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (PLAINTEXT, "pages have less entropy than random bytes, the first at 0x40000"),
+        (PLAINTEXT, "pages have too little entropy, the first at 0x40000"),
         (PLAINTEXT, "bytes not equally frequent"),
         (encrypt_without_addresses(PLAINTEXT[:PAGE] * 128), "8,192 of 8,192 lines come more"),
         (counter(VM_BYTES), "bytes more equally frequent than by chance"),
         (
             encrypt(PLAINTEXT[:-PAGE], VM_BASE) + PLAINTEXT[:PAGE],
-            "1 of 128 pages have less entropy than random bytes, the first at 0xbf000",
+            "1 of 128 pages have too little entropy, the first at 0xbf000",
         ),
         (random.Random(1).randbytes(VM_BYTES // 2 - 16) * 2 + bytes(32), "16-byte blocks come mor"),
     ],
