@@ -175,12 +175,23 @@ def _kernel(image: GuestImage | DiskImage) -> tuple[str, str, str]:
 
 
 def write_json(path: Path, document: object) -> None:
-    """Write a document; the file has its final name only when it is whole.
+    """Write a document, as `write_whole`."""
+    data = msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
+    write_whole(path, data, "the report", "--json FILE")
+
+
+def write_whole(path: Path, data: bytes, what: str, option: str) -> None:
+    """Write a file; it has its final name only when it is whole.
+
+    Args:
+        path: where.
+        data: all of it.
+        what: what it is, for an error.
+        option: how its place was chosen.
 
     Raises:
         MktmeError: it cannot be written; an older one is still there.
     """
-    data = msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
         try:
@@ -195,8 +206,8 @@ def write_json(path: Path, document: object) -> None:
             raise
     except OSError as error:
         raise MktmeError(
-            f"{path}: cannot write the report: {error.strerror}",
-            hint="choose another place with --json FILE",
+            f"{path}: cannot write {what}: {error.strerror}",
+            hint=f"choose another place with {option}",
         ) from error
 
 

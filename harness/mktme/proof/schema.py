@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from mktme.dump.diff import DiffReport
 from mktme.dump.search import SearchReport
+from mktme.dump.stats import StatsReport
 from mktme.proof.bench import BenchReport
 from mktme.proof.features.table import FeatureReport
 from mktme.proof.platform_report import (
@@ -34,6 +36,8 @@ DOCUMENTS: Final[dict[str, type]] = {
     "features-1.json": FeatureReport,
     "tamper-1.json": TamperReport,
     "dump-search-1.json": SearchReport,
+    "dump-stats-1.json": StatsReport,
+    "dump-diff-1.json": DiffReport,
 }
 
 
