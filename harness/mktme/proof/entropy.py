@@ -66,9 +66,9 @@ def page_entropy(pages: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
         Bits a byte, 0 to 8: float64, shape (n,). Random bytes have 7.955 on average: 4096 of them
         do not fill 256 bins evenly.
     """
-    count = len(pages)
-    index = pages.astype(np.int32) + (np.arange(count, dtype=np.int32) << 8)[:, None]
-    seen = np.bincount(index.reshape(-1), minlength=count << 8).reshape(count, 256)
+    seen = np.empty((len(pages), 256), np.intp)
+    for row, page in zip(seen, pages, strict=True):
+        row[:] = np.bincount(page, minlength=256)
     # The sum of n log n, of n from 0 to 4096, looked up.
     return np.asarray(np.log2(PAGE_BYTES) - _N_LOG_N[seen].sum(axis=1) / PAGE_BYTES)
 
