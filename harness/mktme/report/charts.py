@@ -55,7 +55,7 @@ _KEYID_COLOURS: Final = (
 )
 """Of KeyIDs from 1 on, again and again; KeyID 0 is grey."""
 _KEYID_0: Final = "#8d939b"
-_WIDTH, _HEIGHT = 5.0, 2.75  # inches of 72 units: the width of a telephone
+_WIDTH, _HEIGHT = 4.4, 2.45  # inches of 72 units: the width of a telephone
 _POINTS: Final = 120
 """The most points of a line: more are not seen."""
 _ROWS: Final = 16
@@ -65,7 +65,7 @@ _MIB: Final = 1 << 20
 _SETTINGS: Final[dict[Any, Any]] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mktme",
-    "font.size": 11,
+    "font.size": 10,
     "text.parse_math": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -81,7 +81,7 @@ _SETTINGS: Final[dict[Any, Any]] = {
     "ytick.color": INK,
     "hatch.linewidth": 0.6,
     "legend.frameon": False,
-    "legend.fontsize": 11,
+    "legend.fontsize": 10,
     "legend.handlelength": 1.6,
     "legend.borderaxespad": 0,
     "legend.labelspacing": 0.3,
@@ -134,7 +134,7 @@ def entropy_chart(one: str, name: str, found: EntropyComparison) -> Chart:
             share = 100 * np.array(bins, float) / max(1, found.pages)
             axes.bar(edges[:-1], share, BIN_BITS, align="edge", color=colour, linewidth=0)
             axes.set_ylabel("% of pages")
-            axes.set_title(what, loc="left", fontsize=11, pad=4)
+            axes.set_title(what, loc="left", fontsize=10, pad=4)
             axes.set_ylim(0, max(1.0, float(share.max(initial=0))) * 1.08)
             axes.yaxis.set_major_locator(MaxNLocator(3, steps=_STEPS))
             axes.grid(axis="x", visible=False)
