@@ -135,10 +135,11 @@ def test_landmarks_tables_and_charts_have_names(html: str) -> None:
         assert len(parsed.all(tag)) == 1
     for table in parsed.all("table"):
         assert "div" in table.parents
-    for box in parsed.elements:
-        if box.attributes.get("class") == "scroll":
-            assert box.attributes["tabindex"] == "0"
-            assert {"aria-label", "aria-labelledby"} & set(box.attributes)
+    boxes = [one for one in parsed.elements if one.attributes.get("tabindex") == "0"]
+    names = [one.attributes.get("aria-label") or one.attributes["aria-labelledby"] for one in boxes]
+    assert len(set(names)) == len(boxes) > 10
+    assert {one.attributes["role"] for one in boxes} == {"group"}
+    assert len(boxes) == len(parsed.all("table")) + len(parsed.all("pre"))
     for cell in parsed.all("th"):
         assert cell.attributes["scope"] in ("row", "col")
     charts = parsed.all("svg")
