@@ -26,6 +26,8 @@ INTERVAL_S: Final = 0.1
 """As often as a busy guest is drained: in between, nothing new is to be seen."""
 CAPACITY: Final = 512
 """The most samples that are kept: more than a chart has columns."""
+SHARE: Final = 0.02
+"""The most of its time that the engine is to spend on answers: they take longer for more DRAM."""
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
@@ -113,15 +115,21 @@ class Recorder:
             None if nothing was.
         """
         with self._lock:
-            samples = [(at, vms[vm]) for at, vms in self._samples if vm in vms and at >= started]
+            # Of two samples in the same millisecond, the later one.
+            samples = {
+                _ms(at - started): vms[vm]
+                for at, vms in self._samples
+                if vm in vms and at >= started
+            }
         if not samples:
             return None
+        counters = tuple(samples.values())
         columns = {
-            name: tuple(getattr(counters, name) for _at, counters in samples)
-            for name in (_INLINE if isinstance(samples[0][1], wire.Paging) else _SHADOW)
+            name: tuple(getattr(one, name) for one in counters)
+            for name in (_INLINE if isinstance(counters[0], wire.Paging) else _SHADOW)
         }
         since = None if worked is None else (_ms(worked[0] - started), _ms(worked[1] - started))
-        return Timeline(tuple(_ms(at - started) for at, _counters in samples), since, **columns)
+        return Timeline(tuple(samples), since, **columns)
 
 
 @contextlib.contextmanager
@@ -134,8 +142,10 @@ def recording(engine: EngineClient) -> Iterator[Recorder]:
         # An engine that is gone, or hangs, is for the run to tell of.
         with contextlib.suppress(MktmeError):
             while True:
-                recorder.add(time.monotonic(), engine.status().vms)
-                if stop.wait(recorder.interval_s):
+                asked = time.monotonic()
+                vms = engine.status().vms
+                recorder.add(asked, vms)
+                if stop.wait(max(recorder.interval_s, (time.monotonic() - asked) / SHARE)):
                     return
 
     sampler = threading.Thread(target=sample, name="mktme-timeline", daemon=True)

@@ -15,7 +15,7 @@ from uuid import UUID
 import msgspec
 import pytest
 
-from mktme.proof.timeline import CAPACITY, INTERVAL_S, Recorder, Timeline, recording
+from mktme.proof.timeline import CAPACITY, INTERVAL_S, SHARE, Recorder, Timeline, recording
 from mktme.service import wire
 from mktme.service.client import EngineClient, EngineGoneError
 
@@ -62,6 +62,13 @@ def test_what_was_before_the_guest_ran_is_not_its() -> None:
     recorder.add(3.0, (unlinked,))
     recorder.add(4.0, (shadow(ALICE, 6),))
     assert recorder.timeline(ALICE, 2.0) == Timeline((2.0,), None, (6,), (2,))
+
+
+def test_samples_that_come_together_are_one() -> None:
+    recorder = Recorder()
+    for at, stored in ((1.0, 1), (2.0001, 2), (2.0002, 3)):
+        recorder.add(at, (shadow(ALICE, stored),))
+    assert recorder.timeline(ALICE, 1.0) == Timeline((0.0, 1.0), None, (1, 3), (2, 2))
 
 
 @pytest.mark.parametrize("capacity", [4, 5, CAPACITY])
@@ -116,8 +123,26 @@ def test_recording_asks_until_its_end_and_once_more() -> None:
         assert asked.wait(30)
     found = recorder.timeline(ALICE, began)
     assert found is not None
-    assert found.lines_stored == tuple(range(next(counter)))
-    assert len(found.lines_stored) >= 4
+    last = next(counter) - 1
+    assert found.lines_stored[-1] == last
+    assert last >= 3
+
+
+def test_engine_that_is_slow_is_asked_less_often() -> None:
+    """Of an answer that takes 10 ms, it is busy for 2 % of the time, and not for 10."""
+    answers = []
+
+    def status() -> object:
+        answers.append(time.monotonic())
+        time.sleep(0.01)  # what the engine does meanwhile
+        if len(answers) == 3:
+            asked.set()
+        return SimpleNamespace(vms=())
+
+    asked = threading.Event()
+    with recording(client(status)):
+        assert asked.wait(30)
+    assert answers[2] - answers[0] >= 2 * 0.01 / SHARE > 2 * INTERVAL_S
 
 
 def test_engine_that_is_gone_is_told_of_by_others() -> None:
