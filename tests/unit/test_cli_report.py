@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,6 +132,18 @@ def test_full_disk_leaves_the_old_page(mktme: Mktme, run_json: Path, tmp_path: P
     assert sorted(os.listdir(tmp_path)) == ["report.html", "run.json"]
     assert mktme("report", run_json, "-o", page).code == ExitCode.OK  # control
     assert len(page.read_bytes()) > 4096
+
+
+def test_other_commands_do_not_wait_for_charts() -> None:
+    program = (
+        "import sys, mktme.cli; heavy = {'matplotlib', 'jinja2'};"
+        "print(sorted(heavy & set(sys.modules)));"
+        "import mktme.report.page; print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == ["[]", "['jinja2', 'matplotlib']"]
 
 
 # --- --html of run and demo -------------------------------------------------------------------
