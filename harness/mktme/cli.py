@@ -30,6 +30,7 @@ from mktme.cli_narration import narrate
 from mktme.cli_options import (
     ConnectOption,
     GuestOption,
+    HtmlOption,
     JsonOption,
     MemoryOption,
     check_json,
@@ -39,6 +40,7 @@ from mktme.cli_options import (
 from mktme.cli_options import ExitCode as ExitCode  # part of this module for others
 from mktme.cli_output import err, make_table, out
 from mktme.cli_platform import platform_app
+from mktme.cli_report import Page, report_page
 from mktme.cli_tamper import tamper
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
@@ -59,6 +61,7 @@ from mktme.proof.bench import CONFIGURATIONS, BenchReport, bench
 from mktme.proof.demand import demo_demand, run_demand
 from mktme.proof.isolation import IsolationMatrix
 from mktme.proof.report import Check, GuestReport, RunReport, write_json
+from mktme.report.document import ReportError
 from mktme.service.client import EngineRefusedError
 from mktme.service.platform_file import read_platform
 from mktme.service.wire import RoleError
@@ -78,7 +81,7 @@ from mktme.vm.platform import Platform
 from mktme.vm.sizes import parse_window
 from mktme.vm.ssh import read_public_key
 
-_USAGE_ERRORS: Final = (UsageError, PlatformConfigError, images.UnknownGuestError)
+_USAGE_ERRORS: Final = (UsageError, PlatformConfigError, ReportError, images.UnknownGuestError)
 _ENVIRONMENT_ERRORS: Final = (
     EnvironmentUnfitError,
     WriteTrackingError,
@@ -108,6 +111,7 @@ app.add_typer(keyid_app, name="keyid")
 app.add_typer(dump_app, name="dump")
 app.command()(tamper)
 app.command()(features)
+app.command("report")(report_page)
 
 
 VcpusOption = Annotated[int, typer.Option(min=1, max=255, help="Guest vCPUs.")]
@@ -224,6 +228,7 @@ def run(
         ),
     ] = None,
     json: JsonOption = None,
+    html: HtmlOption = None,
 ) -> None:
     """Boot guests with encrypted memory, let them work, and prove what is claimed of them."""
     mode = KeyMode.DIRECT if key_file is not None else KeyMode.RANDOM
@@ -231,7 +236,7 @@ def run(
         if key_file is not None:
             raise UsageError("--no-encrypt has no use for --key-file", hint="leave one of them out")
         mode = KeyMode.NO_ENCRYPT
-    check_json(json)
+    page = Page(json, html)
     qemu = None if emulator is None else emulator_path(emulator)
     memory_bytes = guest_memory(memory, vcpus)
     window_bytes = None if window is None else parse_window(window, memory_bytes)
@@ -269,20 +274,26 @@ def run(
     )
     check_config(config)
     options = runs.RunOptions(
-        connect=connect, emulator=qemu, dram=dram, reference=reference, platform=set_up
+        connect=connect,
+        emulator=qemu,
+        dram=dram,
+        reference=reference,
+        platform=set_up,
+        arguments=tuple(sys.argv[1:]),
     )
     with ExitStack() as telling:
         narrator = telling.enter_context(narrate())
 
         def leave_running(report: RunReport, platform: Platform) -> None:
             telling.close()  # else progress is drawn over what follows
-            _deliver(report, json)
+            _deliver(report, json, page)
             _wait(platform)
 
         options.keep = leave_running if keep else None
+        options.look = page.looker(narrator)
         report = runs.run(config, narrator, guests=guests, options=options)
     if not keep:
-        _deliver(report, json)
+        _deliver(report, json, page)
     _conclude(report)
 
 
@@ -294,16 +305,19 @@ def demo(
     platform: PlatformOption = None,
     connect: ConnectOption = None,
     json: JsonOption = None,
+    html: HtmlOption = None,
 ) -> None:
     """The main job: two guests side by side under different keys, all proofs and their controls."""
-    check_json(json)
+    page = Page(json, html)
     memory_bytes = guest_memory(memory)
     firmware = None if platform is None else read_platform(platform)
     demo_demand(memory_bytes, algorithm).check(firmware)
     config = VmConfig(image(guest), memory_bytes=memory_bytes, algorithm=algorithm)
+    options = runs.RunOptions(connect=connect, platform=firmware, arguments=tuple(sys.argv[1:]))
     with narrate() as narrator:
-        report = runs.demo(config, narrator, runs.RunOptions(connect=connect, platform=firmware))
-    _deliver(report, json)
+        options.look = page.looker(narrator)
+        report = runs.demo(config, narrator, options)
+    _deliver(report, json, page)
     _conclude(report)
 
 
@@ -392,10 +406,11 @@ def _wait(platform: Platform) -> None:
         platform.wait_for_trouble()
 
 
-def _deliver(report: RunReport, json: Path | None) -> None:
+def _deliver(report: RunReport, json: Path | None, page: Page) -> None:
     _print_report(report)
     if json is not None:
         write_json(json, report)
+    page.write(report)
 
 
 def _print_report(report: RunReport) -> None:

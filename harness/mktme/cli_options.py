@@ -42,6 +42,10 @@ ConnectOption = Annotated[
 JsonOption = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.")
 ]
+HtmlOption = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Write the report as a page for people, too."),
+]
 
 
 def guest_memory(memory: str, vcpus: int = 1) -> int:
@@ -59,8 +63,17 @@ def image(guest: str) -> GuestImage | DiskImage:
 
 def check_json(path: Path | None) -> None:
     """A report that cannot be written is better known before the run than after it."""
+    check_file("--json", path)
+
+
+def check_file(option: str, path: Path | None) -> None:
+    """Check that a file can be written where an option says.
+
+    Raises:
+        UsageError: it cannot be.
+    """
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise UsageError(
-            f"--json {path}: no file can be written there",
+            f"{option} {path}: no file can be written there",
             hint="name a file in a directory that exists",
         )

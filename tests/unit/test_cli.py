@@ -107,18 +107,17 @@ def test_what_is_run_by_default(mktme: Mktme, asked: Asked) -> None:
         check_tlb=False,
     )
     assert asked.guests == 1
-    assert asked.options == RunOptions(connect=None, dram=None, reference=True)
+    assert asked.options == RunOptions(connect=None, dram=None, reference=True, arguments=("run",))
 
 
 def test_every_option_arrives(mktme: Mktme, asked: Asked, tmp_path: Path) -> None:
     options = "--guest tiny --datapath shadow --track pages --memory 1G --vcpus 3 --guests 2"
     options += " --algorithm aes-xts-256 --no-reference --connect qemu:///system"
-    result = mktme(
-        "run",
-        *options.split(),
-        *("--key-file", tmp_path / "key", "--dram", tmp_path / "dram.img"),
-        *("--json", tmp_path / "out.json"),
-    )
+    files = {"--key-file": "key", "--dram": "dram.img", "--json": "out.json"}
+    for option, name in files.items():
+        options += f" {option} {tmp_path / name}"
+    arguments = ("run", *options.split())
+    result = mktme(*arguments)
     assert result.code == ExitCode.OK
     assert asked.config == VmConfig(
         image=IMAGE,
@@ -130,7 +129,9 @@ def test_every_option_arrives(mktme: Mktme, asked: Asked, tmp_path: Path) -> Non
         key_file=tmp_path / "key",
     )
     assert asked.guests == 2
-    assert asked.options == RunOptions("qemu:///system", tmp_path / "dram.img", False)
+    assert asked.options == RunOptions(
+        "qemu:///system", tmp_path / "dram.img", False, arguments=arguments
+    )
 
 
 def test_no_encrypt_is_a_key_mode(mktme: Mktme, asked: Asked) -> None:

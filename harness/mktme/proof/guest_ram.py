@@ -122,12 +122,15 @@ class EngineMemory:
         self._vm = vm
         self._engine = vm.require_engine()
 
+    def read(self, ram_offset: int, size_bytes: int) -> bytes:
+        """As `GuestRam.read`, of whole pages."""
+        return self._engine.read(self._vm.uuid, ram_offset, size_bytes)
+
     def chunks(self) -> Iterator[tuple[int, bytes]]:
         """As `GuestRam.chunks`."""
         size = self._vm.config.all_bytes
         for ram_offset in range(0, size, CHUNK_BYTES):
-            length = min(CHUNK_BYTES, size - ram_offset)
-            yield ram_offset, self._engine.read(self._vm.uuid, ram_offset, length)
+            yield ram_offset, self.read(ram_offset, min(CHUNK_BYTES, size - ram_offset))
 
     def find_pages(self, page: bytes) -> Iterator[int]:
         """As `GuestRam.find_pages`."""

@@ -43,6 +43,11 @@ class IsolationMatrix:
     keyids: tuple[int, ...]
     readable: tuple[tuple[bool, ...], ...]
 
+    def __post_init__(self) -> None:
+        """Check that it is a square."""
+        if any(len(row) != len(self.names) for row in (self.keyids, self.readable, *self.readable)):
+            raise ValueError("an isolation matrix has a row and a column for each name")
+
     @property
     def passed(self) -> bool:
         """Whether exactly the diagonal is readable, and there is something beside it."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import tempfile
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Final, Literal
 
@@ -22,8 +24,10 @@ from mktme.engine.errors import MktmeError
 from mktme.engine.keys import KeyMode
 from mktme.engine.xts import Algorithm
 from mktme.proof.confidentiality import CanarySearch
+from mktme.proof.entropy import EntropyComparison
 from mktme.proof.isolation import IsolationMatrix
 from mktme.proof.residency import Residency
+from mktme.proof.timeline import Timeline
 from mktme.proof.transparency import MemoryComparison
 from mktme.service.wire import Memory, Paging, Traffic
 from mktme.vm.disk_images import DiskImage
@@ -41,6 +45,7 @@ class Environment:
         guest_kernel_package: the guest's kernel; empty for a disk of the user's own.
         guest_kernel_version: the package's.
         guest_kernel_sha256: of the kernel that QEMU loads, or of the package that a disk has it of.
+        mktme: this package's version; empty in reports that are older than the field.
     """
 
     host_kernel: str
@@ -54,6 +59,7 @@ class Environment:
     guest_kernel_package: str
     guest_kernel_version: str
     guest_kernel_sha256: str
+    mktme: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +89,8 @@ class GuestReport:
         boot_s: from its first instruction to its shell, seconds.
         workload_s: its workload, seconds.
         checksums: what its workload computed, by name.
+        entropy: None where nothing was compared, and in reports that are older than the field.
+        timeline: its counters while it worked; None as for `entropy`.
     """
 
     name: str
@@ -103,6 +111,8 @@ class GuestReport:
     residency: Residency | None = None
     comparison: MemoryComparison | None = None
     canary: CanarySearch | None = None
+    entropy: EntropyComparison | None = None
+    timeline: Timeline | None = None
 
     @property
     def counts_stores(self) -> bool:
@@ -123,6 +133,8 @@ class RunReport:
         started: UTC, ISO 8601.
         dram: path of the DRAM image, None if it went with the run.
         engine_memory: the engine's, at the end of the run.
+        arguments: the command line that made it, after `mktme`; empty if it was no command, and in
+            reports that are older than the field.
     """
 
     schema: Literal["mktme.run"]
@@ -139,6 +151,7 @@ class RunReport:
     dram: str | None
     sidecar: str | None
     notices: tuple[str, ...]
+    arguments: tuple[str, ...] = ()
 
 
 def environment(host: Host, image: GuestImage | DiskImage) -> Environment:
@@ -161,6 +174,7 @@ def environment(host: Host, image: GuestImage | DiskImage) -> Environment:
         guest_kernel_package=package,
         guest_kernel_version=version,
         guest_kernel_sha256=digest,
+        mktme=metadata.version("mktme"),
     )
 
 
@@ -174,10 +188,19 @@ def _kernel(image: GuestImage | DiskImage) -> tuple[str, str, str]:
     return image.manifest.kernel.name, image.manifest.kernel.version, image.manifest.kernel.sha256
 
 
+def encode(document: object) -> bytes:
+    """A document as JSON to be read: indented, but numbers in a row on one line."""
+    data = msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
+    # No string of JSON has a line break in it, so none is taken for a row of numbers.
+    return _NUMBERS.sub(lambda found: b"[" + b" ".join(found[1].split()) + b"]", data)
+
+
+_NUMBERS: Final = re.compile(rb"\[\n([-+.\deE,\s]+)\]")
+
+
 def write_json(path: Path, document: object) -> None:
     """Write a document, as `write_whole`."""
-    data = msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
-    write_whole(path, data, "the report", "--json FILE")
+    write_whole(path, encode(document), "the report", "--json FILE")
 
 
 def write_whole(path: Path, data: bytes, what: str, option: str) -> None:

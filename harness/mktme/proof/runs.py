@@ -33,10 +33,12 @@ from mktme.proof.confidentiality import (
     search_dram,
 )
 from mktme.proof.demand import Demand, demo_demand, mib, run_demand
+from mktme.proof.entropy import EntropyComparison, compare_entropy
 from mktme.proof.guest_tools import equip
 from mktme.proof.isolation import IsolationMatrix, canary_subject, isolation_matrix
 from mktme.proof.report import Check, GuestReport, RunReport, environment
 from mktme.proof.residency import Residency, sampled
+from mktme.proof.timeline import Timeline, recording
 from mktme.proof.transparency import MemoryComparison, Progress, compare_memory, run_workload
 from mktme.vm.config import VmConfig
 from mktme.vm.platform import Platform, Vm
@@ -60,16 +62,22 @@ class Narrator(Protocol):
 
 @dataclass(slots=True)
 class Guest:
-    """A guest of a run, and what was found out about it so far."""
+    """A guest of a run, and what was found out about it so far.
+
+    Attributes:
+        worked: from when to when its workload ran, by `time.monotonic`.
+    """
 
     vm: Vm
     role: Literal["guest", "control", "plain"]
     boot_s: float
-    workload_s: float
+    worked: tuple[float, float] | None
     checksums: dict[str, str]
     residency: Residency | None = None
     comparison: MemoryComparison | None = None
     search: CanarySearch | None = None
+    entropy: EntropyComparison | None = None
+    timeline: Timeline | None = None
 
     def report(self) -> GuestReport:
         """For the run's document; the guest must still be there."""
@@ -87,7 +95,7 @@ class Guest:
             keyid=None if plain else self.vm.keyid,
             dram_base=None if plain else self.vm.base,
             boot_s=self.boot_s,
-            workload_s=self.workload_s,
+            workload_s=0.0 if self.worked is None else self.worked[1] - self.worked[0],
             checksums=self.checksums,
             datapath=None if plain else config.datapath,
             traffic=None if status is None else status.traffic,
@@ -95,6 +103,8 @@ class Guest:
             residency=self.residency,
             comparison=self.comparison,
             canary=self.search,
+            entropy=self.entropy,
+            timeline=self.timeline,
         )
 
 
@@ -106,6 +116,9 @@ class RunOptions:
         platform: what firmware sets up; None for the defaults.
         emulator: another QEMU than this machine's own.
         keep: called when all is proven, with the guests still there.
+        look: called with the DRAM image while guests are held, its description beside it, and with
+            what they are.
+        arguments: the command line, for the report.
     """
 
     connect: str | None = None
@@ -114,6 +127,8 @@ class RunOptions:
     platform: PlatformConfig | None = None
     emulator: Path | None = None
     keep: Callable[[RunReport, Platform], None] | None = None
+    look: Callable[[Path, str], None] | None = None
+    arguments: tuple[str, ...] = ()
 
 
 def run(
@@ -218,11 +233,11 @@ class _Session:
         """Boot guests side by side and hold all of them while each proof is made."""
         canary = Canary.random()
         with ExitStack() as stack:
-            guests = self._side_by_side(
-                partial(self._boot, stack, config, name, "guest", canary) for name in names
-            )
             with ExitStack() as holds:
-                self._hold(holds, guests)
+                guests = self._work_and_hold(
+                    holds,
+                    (partial(self._boot, stack, config, name, "guest", canary) for name in names),
+                )
                 for guest in guests:
                     self._compare(guest)
                     self._search(guest, canary)
@@ -245,6 +260,7 @@ class _Session:
                     )
                 if self._options.dram is not None:
                     self._sidecar = self._platform.engine.write_sidecar()
+                self._look(" and ".join(names))
                 self._guests += [guest.report() for guest in guests]
             if self._options.keep is not None:
                 self._kept.push(stack.pop_all())
@@ -257,25 +273,32 @@ class _Session:
         )
         unencrypted = dataclasses.replace(config, track=Track.PAGES, mode=KeyMode.NO_ENCRYPT)
         canary = Canary.random()
-        with ExitStack() as stack:
-            stores, clear = self._side_by_side(
-                partial(self._boot, stack, case, name, "control", canary, works=False)
-                for name, case in (("stores-only", stores_only), ("no-encrypt", unencrypted))
+        with ExitStack() as stack, ExitStack() as holds:
+            stores, clear = self._work_and_hold(
+                holds,
+                (
+                    partial(self._boot, stack, case, name, "control", canary, works=False)
+                    for name, case in (
+                        ("stores-only", stores_only),
+                        ("no-encrypt", unencrypted),
+                    )
+                ),
             )
-            with ExitStack() as holds:
-                self._hold(holds, [stores, clear])
-                self._compare(stores, control=True)
-                self._search(clear, canary, control=True)
-                readable = _readable_with_the_same_key(self._platform, stores.vm, canary)
-                self._check(
-                    "isolation",
-                    "stores-only",
-                    "another KeyID given the same key reads the memory",
-                    readable,
-                    "readable" if readable else "not readable",
-                    control=True,
-                )
-                self._guests += [stores.report(), clear.report()]
+            self._compare(stores, control=True)
+            clear.entropy = compare_entropy(clear.vm, self._platform.dram_path)
+            self._search(clear, canary, control=True)
+            readable = _readable_with_the_same_key(self._platform, stores.vm, canary)
+            self._check(
+                "isolation",
+                "stores-only",
+                "another KeyID given the same key reads the memory",
+                readable,
+                "readable" if readable else "not readable",
+                control=True,
+            )
+            if self._options.dram is None:  # else its description is of the guests before
+                self._look("the controls stores-only and no-encrypt")
+            self._guests += [stores.report(), clear.report()]
 
     def conclude(self) -> RunReport:
         """The run's document, and what is to happen before the guests go."""
@@ -301,6 +324,7 @@ class _Session:
             dram=None if dram is None else str(dram.absolute()),
             sidecar=None if self._sidecar is None else str(self._sidecar),
             notices=tuple(self._notices),
+            arguments=self._options.arguments,
         )
 
     def _boot(
@@ -322,16 +346,32 @@ class _Session:
             boot_s = time.monotonic() - vm.domain.started
             equip(vm)
         checksums: dict[str, str] = {}
-        workload_s = 0.0
+        worked = None
         if works:
             with self._narrator.step(f"{name}: working"), vm.domain.explained():
                 before = time.monotonic()
                 checksums = run_workload(vm.domain.shell)
-                workload_s = time.monotonic() - before
+                worked = (before, time.monotonic())
         if canary is not None:
             with vm.domain.explained():
                 plant_canary(vm, canary)
-        return Guest(vm, role, boot_s, workload_s, checksums, residency)
+        return Guest(vm, role, boot_s, worked, checksums, residency)
+
+    def _work_and_hold(self, holds: ExitStack, jobs: Iterable[Callable[[], Guest]]) -> list[Guest]:
+        """Guests side by side, then held; their counters are sampled up to the last flush."""
+        with recording(self._platform.engine) as recorder:
+            guests = self._side_by_side(jobs)
+            self._hold(holds, guests)
+        for guest in guests:
+            vm = guest.vm
+            guest.timeline = recorder.timeline(vm.uuid, vm.domain.started, guest.worked)
+        return guests
+
+    def _look(self, what: str) -> None:
+        if self._options.look is not None:
+            with self._narrator.step("taking pictures of DRAM"):
+                self._platform.engine.write_sidecar()
+                self._options.look(self._platform.dram_path, what)
 
     def _side_by_side(self, jobs: Iterable[Callable[[], _T]]) -> list[_T]:
         """Run jobs at once; if one fails or the user interrupts, the others' guests go too."""
@@ -353,6 +393,7 @@ class _Session:
         vm = guest.vm
         with self._narrator.step(f"{vm.name}: comparing DRAM with RAM") as progress:
             found = guest.comparison = compare_memory(vm, vm.require_engine(), progress)
+            guest.entropy = compare_entropy(vm, self._platform.dram_path)
         finding = f"{found.lines_mismatched:,} of {found.lines_compared:,} lines differ"
         if found.lines_mismatched:
             finding += (

@@ -27,6 +27,7 @@ from mktme.proof.report import (
     Environment,
     GuestReport,
     RunReport,
+    encode,
     environment,
     json_schema,
     write_json,
@@ -122,6 +123,16 @@ def test_report_can_be_understood_by_others(tmp_path: Path) -> None:
     assert guest["traffic"]["lines_stored"] == 7
     assert plain["guests"][1]["traffic"] is None
     assert plain["isolation"]["readable"] == [[True, False], [False, True]]
+
+
+def test_numbers_in_a_row_are_on_one_line() -> None:
+    numbers: list[object] = [[1, -2.5e-7], [[3], []], ["[\n1,\n2]", 4]]
+    text = encode({"numbers": numbers}).decode()
+    assert json.loads(text) == {"numbers": numbers}
+    assert "[1, -2.5e-7]" in text
+    assert "[3]" in text
+    assert r"[\n1,\n2]" in text  # what a string says stays as it is
+    assert len(text.splitlines()) == 13
 
 
 @pytest.mark.parametrize("document", [RunReport, BenchReport, DoctorReport])
