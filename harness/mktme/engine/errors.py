@@ -10,6 +10,8 @@ The whole tree, outer layers included (each layer defines its own branch)::
     │   ├── KeyMaterialError        a key, or key file, that must not be used
     │   ├── DramError               the DRAM image cannot be read or written
     │   │   └── DramFullError       its file system is full (ENOSPC, EDQUOT)
+    │   ├── OutputError             a file that cannot be made, or not be written to the end
+    │   │   └── OutputExistsError   its name is taken
     │   ├── IntegrityError          a line in DRAM that does not match its MAC
     │   ├── EntropyError            mktme.engine.rng: the noise source is not to be trusted
     │   ├── GeneralProtection       mktme.engine.tme: an instruction raises #GP
@@ -82,6 +84,14 @@ class KeyMaterialError(EngineError):
 
 class DramError(EngineError):
     """The DRAM image cannot be read, written or understood."""
+
+
+class OutputError(EngineError):
+    """A file that is to be made cannot be, or not be written to the end; nothing of it is left."""
+
+
+class OutputExistsError(OutputError):
+    """There is something of that name, which is left as it is."""
 
 
 class DramFullError(DramError):
