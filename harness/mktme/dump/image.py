@@ -233,6 +233,10 @@ class DumpImage:
             _read_into(self._image, at, view[at - address :])
         return data
 
+    def module_files(self) -> list[tuple[Region, Path]]:
+        """Ranges that have an image of their own, and which."""
+        return [(region, file.path) for region, file in self._modules.items()]
+
     def keyids(self) -> npt.NDArray[np.uint16]:
         """The KeyID of every page: uint16, shape (pages,); 0 where the sidecar has none."""
         found = np.zeros(-(-self.size_bytes // PAGE_BYTES), np.uint16)

@@ -24,6 +24,7 @@ The whole tree, outer layers included (each layer defines its own branch)::
     │   └── GuestGoneError          its QEMU, or the memory in it, is gone
     ├── ProtocolError               mktme.service.wire: not a message of the control protocol
     ├── RoleError                   mktme.service.wire: not for a connection of that role
+    ├── CaptureError                mktme.service.captures: DRAM cannot be captured now
     ├── LimitError                  mktme.service.limits: more than one peer can have
     ├── ServiceError                mktme.service.client: the engine could not be asked
     │   ├── EngineGoneError         its process or connection ended
@@ -39,7 +40,8 @@ The whole tree, outer layers included (each layer defines its own branch)::
     ├── GuestRamError               mktme.proof.guest_ram: RAM that cannot be read
     ├── KeySearchError              mktme.proof.custody: what cannot be searched for keys
     └── DumpError                   mktme.dump.image: an image that is not what it is said to be
-        └── DumpChangedError        it was written while it was read
+        ├── DumpChangedError        it was written while it was read
+        └── WrongKeyError           mktme.dump.decrypt: not the key that it was written with
 """
 
 from __future__ import annotations

@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from mktme.dump.capture import CaptureReport
+from mktme.dump.decrypt import DecryptReport
+from mktme.dump.info import InfoReport
 from mktme.proof.bench import BenchReport
 from mktme.proof.features.table import FeatureReport
 from mktme.proof.platform_report import (
@@ -32,6 +35,9 @@ DOCUMENTS: Final[dict[str, type]] = {
     "keyid-change-1.json": KeyIdChange,
     "features-1.json": FeatureReport,
     "tamper-1.json": TamperReport,
+    "dump-capture-1.json": CaptureReport,
+    "dump-info-1.json": InfoReport,
+    "dump-decrypt-1.json": DecryptReport,
 }
 
 
