@@ -139,7 +139,6 @@ class VmMemory:
         self.segments = _segments(image, vm)
         self._image = image
         self._keys = keys
-        self._skipped: frozenset[int] = frozenset()
         self._first_page = vm.base // PAGE_BYTES
         self._domains = self._domains_of(image)
         self._macs = _MacArea(image) if image.sidecar.integrity is not None else None
@@ -196,7 +195,6 @@ class VmMemory:
                 " there is no key",
                 hint=f"--key-file {one.keyid}=FILE, or --skip-missing to have zeros there",
             )
-        self._skipped = frozenset(one.keyid for one in skipped)
         return tuple(skipped)
 
     def read(self, guest_physical: int, size_bytes: int) -> bytes:
@@ -260,7 +258,7 @@ class VmMemory:
             part = data[start * PAGE_BYTES : stop * PAGE_BYTES]
             if keyid == _PLAINTEXT:
                 continue
-            if keyid in self._skipped:
+            if keyid not in self._keys:  # `check_keys`: it is to be left out, or zeros
                 part[:] = 0
                 continue
             entries = None
