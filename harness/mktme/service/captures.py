@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 HOLD_TIMEOUT_S: Final = 60.0
 """Until VMs stand still, and until they go on: QEMU finishes what disk I/O is under way first."""
-_DIGEST_BYTES: Final = 4 << 20
+_DIGEST_BYTES: Final = 1 << 20
 _T = TypeVar("_T")
 
 
@@ -186,7 +186,7 @@ class Captures:
             NewFile(sidecar_path(capture.path)) as description,
         ):
             # Not here: to write back what the page cache has of DRAM takes its time.
-            await asyncio.to_thread(snapshot.rehearse)
+            await _to_its_end(snapshot.rehearse)
             sidecar, captured_at = await self._take(capture, snapshot)
             for _ in snapshot.copy():
                 await asyncio.sleep(0)
@@ -249,6 +249,16 @@ class Captures:
 
 def _future() -> asyncio.Future[Any]:
     return asyncio.get_running_loop().create_future()
+
+
+async def _to_its_end(work: Callable[[], None]) -> None:
+    """Run in a thread what uses descriptors; who is cancelled meanwhile closes them after that."""
+    running = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await running
+        raise
 
 
 async def _digest(new: NewFile) -> str:
