@@ -10,6 +10,8 @@ from random import Random
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mktme.dump.formats import (
     VMCOREINFO_MAX_BYTES,
@@ -135,3 +137,20 @@ def test_note_of_the_kernel_that_runs() -> None:
     assert not describes_running_kernel(note_of(TEXT.replace(b"16777216", b"0")), read)
     assert not describes_running_kernel(note_of(TEXT.replace(b"-1677", b"-99991677")), read)
     assert not describes_running_kernel(b"OSRELEASE=x\n", read)
+
+
+@given(
+    st.one_of(
+        st.binary(max_size=100),
+        st.binary(max_size=200).map(lambda text: note_of(b"OSRELEASE=" + text)),
+        st.from_regex(
+            rb"OSRELEASE=.*\nSYMBOL\(init_uts_ns\)=.*\nNUMBER\(phys_base\)=.*", fullmatch=True
+        ).map(note_of),
+    )
+)
+def test_guest_may_write_what_it_likes(memory: bytes) -> None:
+    found = parse_vmcoreinfo(memory)
+    if found is not None:
+        assert found[1].isprintable()
+        assert memory.startswith(found[0].rstrip(b"\0"))
+        describes_running_kernel(found[0], lambda _address, _size: b"")
