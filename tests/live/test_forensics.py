@@ -16,14 +16,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import drgn
 import numpy as np
 import pytest
+from drgn.helpers.linux.pid import for_each_task
 
 from mktme.cli import ExitCode
 from mktme.dump.decrypt import VmMemory, decrypt
@@ -38,7 +38,7 @@ from mktme.pytest_plugin import vm_config
 from mktme.vm.config import VmConfig
 from mktme.vm.image_cache import cache_dir
 from mktme.vm.images import GuestImage
-from mktme.vm.platform import Platform, Vm
+from mktme.vm.platform import Platform
 
 from ..vectors import reference
 from .conftest import Command
@@ -58,12 +58,15 @@ def config_for(datapath: str, **more: object) -> VmConfig:
     return vm_config(memory="256M", datapath=datapath, window=window, **more)  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def key_file(tmp_path: Path) -> Path:
-    path = tmp_path / "key"
+def new_key(path: Path) -> Path:
     path.touch(0o600)
     path.write_bytes(secrets.token_bytes(32))
     return path
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    return new_key(tmp_path / "key")
 
 
 def tool(name: str) -> str:
@@ -213,7 +216,37 @@ def test_engine_killed_while_it_captures(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
-# --- the cold-boot test -----------------------------------------------------------------------
+# --- evidence ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A capture of a guest that uses a disk under dm-crypt, and what the guest said of itself.
+
+    Attributes:
+        image: the capture.
+        key_file: the key of its memory; None if that is not encrypted.
+        disk_key: data key, then tweak key.
+        version: /proc/version.
+        tasks: /proc/PID/stat of what ran.
+    """
+
+    image: Path
+    key_file: Path | None
+    disk_key: bytes
+    version: str
+    release: str
+    tasks: str
+
+    @property
+    def disk_keys(self) -> set[str]:
+        """The two keys of XTS, as aeskeyfind prints keys."""
+        return {self.disk_key[:32].hex(), self.disk_key[32:].hex()}
+
+    def decrypted(self, kind: Format, out: Path) -> Path:
+        """The guest's memory, with the known key alone."""
+        assert self.key_file is not None
+        return offline(self.image, self.key_file, out, kind)
 
 
 @pytest.fixture(scope="module")
@@ -221,11 +254,8 @@ def crypt_image(tmp_path_factory: pytest.TempPathFactory) -> GuestImage:
     return crypt_guest(tmp_path_factory.mktemp("crypt"))
 
 
-@contextmanager
-def with_encrypted_disk(
-    config: VmConfig, image: GuestImage, directory: Path
-) -> Iterator[tuple[Platform, Vm, bytes]]:
-    """A guest that uses a disk under dm-crypt, whose key is given too."""
+def gather(config: VmConfig, image: GuestImage, directory: Path) -> Evidence:
+    """Boot a guest, have it use its disk, capture DRAM."""
     disk, key = directory / "disk.img", secrets.token_bytes(64)
     disk.write_bytes(bytes(DISK_BYTES))
     config = dataclasses.replace(config, image=image, disk=disk)
@@ -238,7 +268,39 @@ def with_encrypted_disk(
         with disk.open("rb") as file:
             # It is under that key: XTS, the sector's number the tweak (dm-crypt's plain64).
             assert file.read(SECTOR) == reference.encrypt(key, bytes(16), secret)
-        yield platform, vm, key
+        console.run("(sleep 1000 &)", COMMAND_S)
+        evidence = Evidence(
+            directory / "c.img",
+            config.key_file,
+            key,
+            console.run("cat /proc/version", COMMAND_S).output.strip(),
+            console.run("uname -r", COMMAND_S).output.strip(),
+            console.run("cat /proc/[0-9]*/stat", COMMAND_S, check=False).output,
+        )
+        show(config.datapath.value, platform.capture(evidence.image))
+    return evidence
+
+
+@pytest.fixture(scope="module", params=DATAPATHS)
+def evidence(
+    request: pytest.FixtureRequest,
+    crypt_image: GuestImage,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Evidence:
+    """Of a guest on either data path, under a known key."""
+    directory = tmp_path_factory.mktemp("evidence")
+    config = config_for(request.param, key_file=new_key(directory / "key"))
+    return gather(config, crypt_image, directory)
+
+
+@pytest.fixture(scope="module")
+def unencrypted(crypt_image: GuestImage, tmp_path_factory: pytest.TempPathFactory) -> Evidence:
+    """The control: DRAM that holds plaintext."""
+    config = config_for("shadow", encrypt=False)
+    return gather(config, crypt_image, tmp_path_factory.mktemp("evidence"))
+
+
+# --- the cold-boot test -----------------------------------------------------------------------
 
 
 def keys_in(memory: Path) -> set[str]:
@@ -249,35 +311,22 @@ def keys_in(memory: Path) -> set[str]:
     return set(re.findall(r"^[0-9a-f]{32,64}$", found.stdout, re.MULTILINE))
 
 
-@pytest.mark.parametrize("datapath", DATAPATHS)
-def test_disk_key_is_in_memory_and_not_in_dram(
-    datapath: str, crypt_image: GuestImage, key_file: Path, tmp_path: Path
-) -> None:
-    tool("aeskeyfind")
-    config = config_for(datapath, key_file=key_file)
-    image = tmp_path / "c.img"
-    with with_encrypted_disk(config, crypt_image, tmp_path) as (platform, _, key):
-        show(datapath, platform.capture(image))
-        halves = {key[:32].hex(), key[32:].hex()}
-    assert keys_in(image) == set()
-    assert keys_in(offline(image, key_file, tmp_path / "out.raw", Format.RAW)) >= halves
+def test_disk_key_is_in_memory_and_not_in_dram(evidence: Evidence, tmp_path: Path) -> None:
+    assert keys_in(evidence.image) == set()
+    assert keys_in(evidence.decrypted(Format.RAW, tmp_path / "raw")) >= evidence.disk_keys
 
 
-def test_disk_key_is_in_dram_without_encryption(crypt_image: GuestImage, tmp_path: Path) -> None:
-    """The control."""
-    tool("aeskeyfind")
-    config = config_for("shadow", encrypt=False)
-    image = tmp_path / "c.img"
-    with with_encrypted_disk(config, crypt_image, tmp_path) as (platform, _, key):
-        platform.capture(image)
-    assert keys_in(image) >= {key[:32].hex(), key[32:].hex()}
+def test_disk_key_is_in_dram_without_encryption(unencrypted: Evidence) -> None:
+    assert keys_in(unencrypted.image) >= unencrypted.disk_keys
 
 
 # --- volatility3 ------------------------------------------------------------------------------
 
 
-def banners(memory: Path, cache: Path) -> list[str]:
+def banners(memory: Path, directory: Path) -> set[str]:
     """Kernel banners that volatility3 finds in a file."""
+    cache = directory / "cache"
+    cache.mkdir(exist_ok=True)
     volatility = Path(sys.executable).with_name("vol")
     options: list[str | Path] = ["-q", "--offline", "--cache-path", cache, "-r", "json"]
     ended = subprocess.run(
@@ -287,91 +336,62 @@ def banners(memory: Path, cache: Path) -> list[str]:
         check=True,
         timeout=200,
     )
-    return [row["Banner"] for row in json.loads(ended.stdout)]
+    return {row["Banner"].strip() for row in json.loads(ended.stdout)}
 
 
-@pytest.mark.parametrize("datapath", DATAPATHS)
 def test_volatility_finds_the_kernel_in_memory_and_not_in_dram(
-    datapath: str, key_file: Path, tmp_path: Path
+    evidence: Evidence, tmp_path: Path
 ) -> None:
-    image, clear = tmp_path / "c.img", tmp_path / "clear.img"
-    with (
-        Platform(MEMORY) as platform,
-        platform.launch(config_for(datapath, key_file=key_file)) as vm,
-    ):
-        version = vm.domain.console.run("cat /proc/version", COMMAND_S).output.strip()
-        platform.capture(image)
-    assert banners(image, tmp_path / "cache") == []
-    found = banners(offline(image, key_file, tmp_path / "o.lime", Format.LIME), tmp_path / "cache")
-    assert version in {one.strip("\0\n ") for one in found}
-    if datapath == "inline":
-        return
-    with (  # the control
-        Platform(MEMORY) as platform,
-        platform.launch(config_for(datapath, encrypt=False)),
-    ):
-        platform.capture(clear)
-    assert banners(clear, tmp_path / "cache")
+    assert banners(evidence.image, tmp_path) == set()
+    memory = evidence.decrypted(Format.LIME, tmp_path / "lime")
+    assert evidence.version in banners(memory, tmp_path)
+
+
+def test_volatility_finds_the_kernel_in_dram_without_encryption(
+    unencrypted: Evidence, tmp_path: Path
+) -> None:
+    assert unencrypted.version in banners(unencrypted.image, tmp_path)
 
 
 # --- drgn -------------------------------------------------------------------------------------
 
 
-def kernel_of(core: Path) -> str:
-    """The release of the kernel that drgn takes a core for."""
+def opened(core: Path) -> tuple[drgn.Program, bytes]:
+    """A core in drgn, and the VMCOREINFO by which that reads it."""
     program = drgn.Program()
     program.set_core_dump(core)
     assert program.flags & drgn.ProgramFlags.IS_LINUX_KERNEL
-    text = bytes(program["VMCOREINFO"].string_()).decode()
-    (release,) = re.findall(r"^OSRELEASE=(\S+)$", text, re.MULTILINE)
-    return str(release)
+    return program, bytes(program["VMCOREINFO"].string_())
 
 
-@pytest.mark.parametrize("datapath", DATAPATHS)
-def test_drgn_opens_the_core(datapath: str, key_file: Path, tmp_path: Path) -> None:
+def kernel_of(core: Path) -> str:
+    """The release of the kernel that drgn takes a core for."""
+    (release,) = re.findall(rb"^OSRELEASE=(\S+)$", opened(core)[1], re.MULTILINE)
+    return bytes(release).decode()
+
+
+def test_drgn_opens_the_core(evidence: Evidence, tmp_path: Path) -> None:
     """And reads the guest's memory at virtual addresses, through its page tables."""
-    image = tmp_path / "c.img"
-    config = config_for(datapath, key_file=key_file)
-    with Platform(MEMORY) as platform, platform.launch(config) as vm:
-        release = vm.domain.console.run("uname -r", COMMAND_S).output.strip()
-        platform.capture(image)
-    core = offline(image, key_file, tmp_path / "core", Format.ELF)
-    assert kernel_of(core) == release
-    program = drgn.Program()
-    program.set_core_dump(core)
-    text = bytes(program["VMCOREINFO"].string_())
-    symbol = re.search(rb"SYMBOL\(init_uts_ns\)=([0-9a-f]+)", text)
+    core = evidence.decrypted(Format.ELF, tmp_path / "core")
+    assert kernel_of(core) == evidence.release
+    program, info = opened(core)
+    symbol = re.search(rb"SYMBOL\(init_uts_ns\)=([0-9a-f]+)", info)
     assert symbol is not None
-    assert release.encode() + b"\0" in program.read(int(symbol[1], 16), 400)
+    assert evidence.release.encode() + b"\0" in program.read(int(symbol[1], 16), 400)
 
 
-def debug_symbols(release: str) -> Path:
-    """The distribution's symbols of a kernel, where `make drgn` has put them."""
-    path = cache_dir().parent / "debug" / release / "vmlinux"
-    if not path.exists():
-        pytest.skip(f"no debug symbols of {release}: make drgn downloads them")
-    return path
-
-
-@pytest.mark.parametrize("datapath", DATAPATHS)
-def test_drgn_lists_the_guests_tasks(datapath: str, key_file: Path, tmp_path: Path) -> None:
-    from drgn.helpers.linux.pid import for_each_task
-
-    image = tmp_path / "c.img"
-    config = config_for(datapath, key_file=key_file)
-    with Platform(MEMORY) as platform, platform.launch(config) as vm:
-        console = vm.domain.console
-        symbols = debug_symbols(console.run("uname -r", COMMAND_S).output.strip())
-        console.run("sleep 1000 &", COMMAND_S)
-        running = console.run("cat /proc/[0-9]*/stat", COMMAND_S, check=False).output
-        platform.capture(image)
-    program = drgn.Program()
-    program.set_core_dump(offline(image, key_file, tmp_path / "core", Format.ELF))
+def test_drgn_lists_the_guests_tasks(evidence: Evidence, tmp_path: Path) -> None:
+    """With the distribution's debug symbols, which `make drgn` downloads."""
+    symbols = cache_dir().parent / "debug" / evidence.release / "vmlinux"
+    if not symbols.exists():
+        pytest.skip(f"no debug symbols of {evidence.release}: make drgn downloads them")
+    program, _ = opened(evidence.decrypted(Format.ELF, tmp_path / "core"))
     program.load_debug_info([symbols])
-    tasks = {int(task.pid): task.comm.string_().decode() for task in for_each_task(program)}
-    # What it says of itself; those that it ran to say so are gone, and kernel threads come and go.
-    told = {int(pid): comm for pid, comm in re.findall(r"^(\d+) \((.+?)\) ", running, re.MULTILINE)}
-    assert tasks[1] == "sh" or tasks[1] == told[1]
-    assert "sleep" in tasks.values()
-    same = {pid for pid, comm in told.items() if tasks.get(pid) == comm}
-    assert len(same) > 0.8 * len(told) > 20
+    found = {int(task.pid): task.comm.string_().decode() for task in for_each_task(program)}
+    told = dict(re.findall(r"^(\d+) \((.+?)\) ", evidence.tasks, re.MULTILINE))
+    assert "sleep" in told.values()
+    # /proc has more of a kernel thread's name (fs/proc/array.c, proc_task_name).
+    same = [pid for pid, comm in told.items() if comm.startswith(found.get(int(pid), "-"))]
+    assert {"1", *(pid for pid, comm in told.items() if comm == "sleep")} <= set(same)
+    # What it ran to say so is gone, and kernel threads come and go.
+    assert len(same) > 0.9 * len(told) > 20

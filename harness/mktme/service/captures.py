@@ -215,6 +215,9 @@ class Captures:
         concerned = tuple(self._vms.values()) if capture.vms is None else capture.vms
         linked = [vm for vm in concerned if vm.link is not None]
         if linked:
+            # What is in DRAM before they are held need not be brought there meanwhile.
+            for vm in linked:
+                await self._drains.flush(vm)
             self._announce(
                 wire.HoldVms(capture=capture.number, vms=tuple(vm.uuid for vm in linked))
             )

@@ -319,10 +319,19 @@ def test_nobody_holds_the_guests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         uuid = uuid.UUID(int=1)
         link = object()
 
+    class NoDrains(Drains):
+        async def flush(self, vm: Vm) -> None:
+            pass
+
     async def run(dram: Dram) -> None:
         vms = {Linked.uuid: cast("Vm", Linked())}
         one = Captures(
-            dram, lambda _: pytest.fail("taken"), vms, Drains(print), asyncio.Lock(), events.append
+            dram,
+            lambda _: pytest.fail("taken"),
+            vms,
+            NoDrains(events.append),
+            asyncio.Lock(),
+            events.append,
         )
         number = one.start(str(tmp_path / "copy"), ())
         with pytest.raises(CaptureError, match="already"):
