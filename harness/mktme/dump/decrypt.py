@@ -23,6 +23,7 @@ Does a key fit?
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -229,9 +230,11 @@ class VmMemory:
                     moved = base - low
                     yield _Piece(base, size_bytes, offset + moved, one.guest_physical + moved)
 
-    def fetch(self, piece: _Piece) -> _Read:
-        """Read a piece; from any thread."""
-        data = self._image.read(piece.base, piece.size_bytes)
+    def fetch(self, piece: _Piece, buffer: NDArray[np.uint8] | None = None) -> _Read:
+        """Read a piece, into a buffer if there is one for it; from any thread."""
+        data = np.empty(PIECE_BYTES, np.uint8) if buffer is None else buffer
+        data = data[: piece.size_bytes]
+        self._image.read_into(piece.base, data)
         entries = None
         if self._macs is not None:
             entries = self._macs.read(piece.base, piece.size_bytes)
@@ -467,27 +470,29 @@ def _stream(
     """
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         pieces = memory.pieces(offsets)
-        reads: list[Future[_Read]] = []
-        writes: list[Future[None]] = []
+        reads: deque[Future[_Read]] = deque()
+        writes: deque[Future[None]] = deque()
+        # Used again, for the kernel takes longer to give a process new memory than to fill it.
+        buffers = deque(np.empty(PIECE_BYTES, np.uint8) for _ in range(2 * _PIECES_AHEAD + 1))
 
         def read_ahead() -> None:
             piece = next(pieces, None)
             if piece is not None:
-                reads.append(reader.submit(memory.fetch, piece))
+                reads.append(reader.submit(memory.fetch, piece, buffers[0]))
+                buffers.rotate(-1)
 
         try:
             for _ in range(_PIECES_AHEAD):
                 read_ahead()
             while reads:
-                read = reads.pop(0).result()
-                read_ahead()
+                read = reads.popleft().result()
                 data = memory.decrypt(read)
                 written = np.flatnonzero(_as_pages(data).any(axis=1))
-                if len(written):
-                    writes.append(writer.submit(_write, new, read.piece.offset, data, written))
-                while len(writes) > _PIECES_AHEAD:
-                    writes.pop(0).result()
                 yield read, len(written)
+                writes.append(writer.submit(_write, new, read.piece.offset, data, written))
+                if len(writes) > _PIECES_AHEAD:
+                    writes.popleft().result()
+                read_ahead()
             for write in writes:
                 write.result()
         finally:
