@@ -11,7 +11,7 @@ PIP_COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --generate-ha
 	--python-version 3.11 --constraints requirements/constraints.txt \
 	--custom-compile-command 'make lock'
 
-.PHONY: help setup guests qemu11 lint check test nightly fuzz soak demo tamper bench features schema lock clean
+.PHONY: help setup guests qemu11 drgn lint check test nightly fuzz soak demo tamper bench features schema lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9]*\):.*## /make \1\t/p' Makefile
@@ -24,6 +24,10 @@ guests: setup ## the guests that boot from a disk: Debian 12 and 13
 
 qemu11: setup ## QEMU 11 beside the machine's own, for --emulator qemu11
 	@tools/setup qemu11
+
+drgn: ## a guest's tasks out of its decrypted memory: 860 MB of debug symbols to download
+	@tools/setup symbols
+	$(BIN)/pytest -rP tests/live/test_forensics.py -k drgn
 
 lint: setup ## formatters, linters, type checker and compilers' warnings
 	$(BIN)/ruff format --check

@@ -52,6 +52,8 @@ from mktme.engine.errors import (
     KeyIdError,
     KeyMaterialError,
     MktmeError,
+    OutputError,
+    OutputExistsError,
 )
 from mktme.engine.firmware import FirmwareError, PlatformConfigError
 from mktme.engine.keys import KeyMode
@@ -81,20 +83,29 @@ from mktme.vm.platform import Platform
 from mktme.vm.sizes import parse_window
 from mktme.vm.ssh import read_public_key
 
-_USAGE_ERRORS: Final = (UsageError, PlatformConfigError, ReportError, images.UnknownGuestError)
+_USAGE_ERRORS: Final = (
+    UsageError,
+    PlatformConfigError,
+    ReportError,
+    images.UnknownGuestError,
+    KeyMaterialError,
+    OutputExistsError,
+)
 _ENVIRONMENT_ERRORS: Final = (
     EnvironmentUnfitError,
     WriteTrackingError,
     FaultServiceError,
     FirmwareError,
     images.ImageError,
+    OutputError,
 )
 # The engine's own errors come over its socket by name.
 _ENGINE_USAGE_ERRORS: Final = {
-    one.__name__ for one in (KeyMaterialError, KeyIdError, PlatformConfigError, RoleError)
+    one.__name__
+    for one in (KeyMaterialError, KeyIdError, PlatformConfigError, RoleError, OutputExistsError)
 }
 _ENGINE_ENVIRONMENT_ERRORS: Final = {
-    one.__name__ for one in (DramError, DramFullError, FirmwareError)
+    one.__name__ for one in (DramError, DramFullError, FirmwareError, OutputError)
 }
 
 app = typer.Typer(

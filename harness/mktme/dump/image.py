@@ -210,13 +210,24 @@ class DumpImage:
             AddressError: the range is not all in the image.
             DumpError: the image cannot be read, or was cut short.
         """
+        data = np.empty(max(0, size_bytes), np.uint8)
+        self.read_into(address, data)
+        return data
+
+    def read_into(self, address: int, data: npt.NDArray[np.uint8]) -> None:
+        """As `read`, into memory that is there: new memory costs more than to read.
+
+        Args:
+            address: of the first byte.
+            data: uint8, shape (n,), C-contiguous.
+        """
+        size_bytes = len(data)
         if address < 0 or size_bytes < 0 or address + size_bytes > self.size_bytes:
             raise AddressError(
                 f"{size_bytes} bytes at {address:#x} are not in {self.path}"
                 f" (0 to {self.size_bytes - 1:#x})",
                 address=address,
             )
-        data = np.empty(size_bytes, np.uint8)
         view = data.data
         at = address
         end = address + size_bytes
@@ -231,7 +242,10 @@ class DumpImage:
             at = stop
         if at < end:
             _read_into(self._image, at, view[at - address :])
-        return data
+
+    def module_files(self) -> list[tuple[Region, Path]]:
+        """Ranges that have an image of their own, and which."""
+        return [(region, file.path) for region, file in self._modules.items()]
 
     def keyids(self) -> npt.NDArray[np.uint16]:
         """The KeyID of every page: uint16, shape (pages,); 0 where the sidecar has none."""

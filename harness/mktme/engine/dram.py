@@ -20,11 +20,11 @@ from __future__ import annotations
 import bisect
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self, TypeVar
+from typing import Annotated, Final, Literal, NamedTuple, Self, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -37,7 +37,8 @@ from mktme.engine.xts import LINE_BYTES, PAGE_BYTES
 
 REGION_ALIGN_BYTES: Final = 2 << 20
 
-_BYTES_PER_MAC_BYTE: Final = LINE_BYTES // ENTRY_BYTES
+MAC_BYTES_OF: Final = LINE_BYTES // ENTRY_BYTES
+"""Bytes of DRAM that a byte of the MAC area is for."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -53,6 +54,22 @@ class Region:
         return self.base + self.size_bytes
 
 
+class FileRange(NamedTuple):
+    """Where a part of DRAM, or of its MACs, is.
+
+    Attributes:
+        file: its file.
+        offset, size_bytes: where in that file.
+        copy_offset: where it is in a file of all of DRAM, or of all MACs.
+    """
+
+    file: SparseFile
+    offset: int
+    size_bytes: int
+    copy_offset: int
+    is_macs: bool
+
+
 class Dram:
     """An open DRAM image; `Dram.create` or `Dram.open` makes one. A context manager."""
 
@@ -62,6 +79,9 @@ class Dram:
         self._has_macs = has_macs
         self._regions: list[Region] = []  # ascending
         self._modules: dict[Region, Dram] = {}  # what has an image of its own
+        self.before_write: Callable[[int, int], None] | None = None
+        """Called with address and size, in bytes, of what is about to be written (or its MACs),
+        erased, or kept elsewhere; it raises nothing (`mktme.engine.snapshot`)."""
 
     @classmethod
     def create(cls, path: Path, size_bytes: int, *, overwrite: bool = False) -> Self:
@@ -82,9 +102,9 @@ class Dram:
         try:
             macs = SparseFile.create(
                 mac_path(path),
-                size_bytes // _BYTES_PER_MAC_BYTE,
+                size_bytes // MAC_BYTES_OF,
                 overwrite=overwrite,
-                stands_for=_BYTES_PER_MAC_BYTE,
+                stands_for=MAC_BYTES_OF,
             )
         except BaseException:
             image.close()
@@ -114,10 +134,8 @@ class Dram:
                 raise DramError(
                     f"{path}: no DRAM image: {image.size_bytes} bytes are not whole pages"
                 )
-            macs = SparseFile.open(
-                mac_path(path), read_only=read_only, stands_for=_BYTES_PER_MAC_BYTE
-            )
-            if macs.size_bytes * _BYTES_PER_MAC_BYTE != image.size_bytes:
+            macs = SparseFile.open(mac_path(path), read_only=read_only, stands_for=MAC_BYTES_OF)
+            if macs.size_bytes * MAC_BYTES_OF != image.size_bytes:
                 raise DramError(
                     f"{macs.path}: {macs.size_bytes} bytes are not the MACs of"
                     f" {image.size_bytes} bytes of DRAM"
@@ -174,6 +192,8 @@ class Dram:
         """
         view = memoryview(buffer).cast("B")
         self.check_range(address, len(view))
+        if self.before_write is not None:
+            self.before_write(address, len(view))
         for module, offset, part in self._parts(address, len(view)):
             module._image.write(offset, view[part])
 
@@ -189,10 +209,10 @@ class Dram:
             DramError: the file cannot be read, or was cut short.
         """
         view = memoryview(entries).cast("B")
-        size_bytes = len(view) * _BYTES_PER_MAC_BYTE
+        size_bytes = len(view) * MAC_BYTES_OF
         self.check_range(address, size_bytes)
         for module, offset, part in self._parts(address, size_bytes):
-            module._macs.read_into(offset // _BYTES_PER_MAC_BYTE, view[_of_macs(part)])
+            module._macs.read_into(offset // MAC_BYTES_OF, view[_of_macs(part)])
 
     def write_macs(self, address: int, entries: bytes | bytearray | memoryview) -> None:
         """Write lines' entries of the MAC area.
@@ -208,11 +228,13 @@ class Dram:
             DramError: the file cannot be written.
         """
         view = memoryview(entries).cast("B")
-        size_bytes = len(view) * _BYTES_PER_MAC_BYTE
+        size_bytes = len(view) * MAC_BYTES_OF
         self.check_range(address, size_bytes)
+        if self.before_write is not None:
+            self.before_write(address, size_bytes)
         for module, offset, part in self._parts(address, size_bytes):
             module._has_macs = True
-            module._macs.write(offset // _BYTES_PER_MAC_BYTE, view[_of_macs(part)])
+            module._macs.write(offset // MAC_BYTES_OF, view[_of_macs(part)])
 
     def allocate(self, size_bytes: int, base: int | None = None) -> Region:
         """Set aside a range of DRAM, aligned to 2 MiB: the first that is free.
@@ -280,11 +302,16 @@ class Dram:
         for taken in self._modules:
             if taken.base < region.end and region.base < taken.end:
                 raise AddressError(f"{taken.base:#x} of DRAM has a module already", address=base)
+        if self.before_write is not None:
+            self.before_write(base, module.size_bytes)
         module._image.base = module._macs.base = base
         self._modules[region] = module
 
     def detach(self, module: Dram) -> None:
         """Take a module out again, if it is there; at its addresses is this image again."""
+        for region, one in self._modules.items():
+            if one is module and self.before_write is not None:
+                self.before_write(region.base, region.size_bytes)
         self._modules = {at: one for at, one in self._modules.items() if one is not module}
 
     def free(self, region: Region) -> None:
@@ -329,10 +356,41 @@ class Dram:
         Raises:
             DramError: the file system cannot do that.
         """
+        if self.before_write is not None:
+            self.before_write(region.base, region.size_bytes)
         for module, offset, part in self._parts(region.base, region.size_bytes):
             size_bytes = part.stop - part.start
             module._image.erase(offset, size_bytes)
-            module._macs.erase(offset // _BYTES_PER_MAC_BYTE, size_bytes // _BYTES_PER_MAC_BYTE)
+            module._macs.erase(offset // MAC_BYTES_OF, size_bytes // MAC_BYTES_OF)
+
+    def data_ranges(self, region: Region) -> Iterator[Region]:
+        """Pages of a region that may hold other than zeros, or have MACs; some may come twice.
+
+        Raises:
+            DramError: a file system cannot say.
+        """
+        for file in self.files(region):
+            scale = MAC_BYTES_OF if file.is_macs else 1
+            for start, stop in file.file.data(file.offset, file.size_bytes):
+                low = (file.copy_offset + start - file.offset) * scale
+                high = (file.copy_offset + stop - file.offset) * scale
+                low = max(region.base, low - low % PAGE_BYTES)
+                high = min(region.end, high + -high % PAGE_BYTES)
+                yield Region(low, high - low)
+
+    def files(self, region: Region) -> Iterator[FileRange]:
+        """Where a region, whole pages, is kept, and where its MACs are if there are any."""
+        for module, offset, part in self._parts(region.base, region.size_bytes):
+            size_bytes, at = part.stop - part.start, region.base + part.start
+            yield FileRange(module._image, offset, size_bytes, at, is_macs=False)
+            if self.has_macs:
+                yield FileRange(
+                    module._macs,
+                    offset // MAC_BYTES_OF,
+                    size_bytes // MAC_BYTES_OF,
+                    at // MAC_BYTES_OF,
+                    is_macs=True,
+                )
 
     def _parts(self, address: int, size_bytes: int) -> Iterator[tuple[Dram, int, slice]]:
         """Which image a range is in, where in it, and which bytes of the range these are."""
@@ -354,7 +412,7 @@ class Dram:
 
 def _of_macs(part: slice) -> slice:
     """The bytes of entries that are for a part's bytes of DRAM."""
-    return slice(part.start // _BYTES_PER_MAC_BYTE, part.stop // _BYTES_PER_MAC_BYTE)
+    return slice(part.start // MAC_BYTES_OF, part.stop // MAC_BYTES_OF)
 
 
 def mac_path(image: Path) -> Path:
@@ -365,7 +423,7 @@ def mac_path(image: Path) -> Path:
 # --- the sidecar ------------------------------------------------------------------------------
 
 SIDECAR_SCHEMA: Final = "mktme-dram"
-SIDECAR_VERSION: Final = 4
+SIDECAR_VERSION: Final = 5
 _SIDECAR_MAX_BYTES: Final = 64 << 20
 _T = TypeVar("_T", bound=msgspec.Struct)
 
@@ -373,6 +431,10 @@ TWEAK_RULE: Final = (
     "AES-XTS (IEEE 1619, NIST SP 800-38E), the key being the data key followed by the tweak key. "
     "Each 64 bytes of the image are a data unit; its tweak is its byte offset in the image as "
     "a 16-byte little-endian number. The KeyID is not part of the tweak."
+)
+CONTENTS_RULE: Final = (
+    "SHA-256 of the 4096-byte pages of the file that are not all zero, in order, each after its "
+    "byte offset as an 8-byte little-endian number."
 )
 NEVER_WRITTEN_RULE: Final = (
     "64 bytes that are all zero were never written and read as 64 zero bytes whatever the KeyID."
@@ -456,6 +518,34 @@ class IntegrityRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     rule: str = MAC_RULE
 
 
+class CaptureRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How an image was copied off a platform that ran.
+
+    Attributes:
+        captured_at: the moment that it is of, UTC, RFC 3339.
+        method: `mktme.engine.snapshot.CopyMethod`.
+        vms: whose memory it has; None: all of DRAM.
+        pause_s: how long guests were held for it, from the first that was stopped to the last that
+            went on, seconds; None: none that ran had to be.
+        total_s: how long it took in all, seconds.
+        data_bytes: pages that hold anything.
+        saved_bytes: how much of that was about to be written, and so was copied first.
+        sha256, mac_sha256: digests of the image and of its MACs, None if it has none.
+        digest: rule, for a reader who has only this file.
+    """
+
+    captured_at: str
+    method: Literal["reflink", "copy-on-write"]
+    vms: tuple[UUID, ...] | None
+    pause_s: float | None
+    total_s: float
+    data_bytes: _Bytes
+    saved_bytes: _Bytes
+    sha256: str
+    mac_sha256: str | None
+    digest: str = CONTENTS_RULE
+
+
 class Sidecar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All that it takes, besides the keys, to read a DRAM image. Never a key.
 
@@ -468,11 +558,12 @@ class Sidecar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         pages: the KeyID of every page of DRAM.
         integrity: the MACs of lines; None, no KeyID has integrity.
         modules: ranges that this image does not hold.
+        capture: how it was copied; None, it is the platform's own.
         tweak, never_written: rules, for a reader who has only this file.
     """
 
     schema: Literal["mktme-dram"] = SIDECAR_SCHEMA
-    version: Literal[4] = SIDECAR_VERSION
+    version: Literal[5] = SIDECAR_VERSION
     platform: PlatformRecord
     data_unit_bytes: Literal[64] = LINE_BYTES
     tweak: str = TWEAK_RULE
@@ -483,6 +574,7 @@ class Sidecar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     pages: tuple[PageRange, ...]
     integrity: IntegrityRecord | None = None
     modules: tuple[ModuleRecord, ...] = ()
+    capture: CaptureRecord | None = None
 
 
 class _Header(msgspec.Struct):
@@ -505,7 +597,7 @@ def write_sidecar(path: Path, sidecar: msgspec.Struct) -> None:
     Raises:
         DramError: it cannot be written; an older one is still there.
     """
-    data = msgspec.json.format(msgspec.json.encode(sidecar), indent=2) + b"\n"
+    data = encode_sidecar(sidecar)
     try:
         fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
         try:
@@ -517,6 +609,11 @@ def write_sidecar(path: Path, sidecar: msgspec.Struct) -> None:
             raise
     except OSError as error:
         raise DramError(f"{path}: cannot write the sidecar: {error.strerror}") from error
+
+
+def encode_sidecar(sidecar: msgspec.Struct) -> bytes:
+    """A sidecar as its file has it."""
+    return msgspec.json.format(msgspec.json.encode(sidecar), indent=2) + b"\n"
 
 
 def read_sidecar(path: Path) -> Sidecar:

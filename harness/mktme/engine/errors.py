@@ -10,6 +10,8 @@ The whole tree, outer layers included (each layer defines its own branch)::
     │   ├── KeyMaterialError        a key, or key file, that must not be used
     │   ├── DramError               the DRAM image cannot be read or written
     │   │   └── DramFullError       its file system is full (ENOSPC, EDQUOT)
+    │   ├── OutputError             a file that cannot be made, or not be written to the end
+    │   │   └── OutputExistsError   its name is taken
     │   ├── IntegrityError          a line in DRAM that does not match its MAC
     │   ├── EntropyError            mktme.engine.rng: the noise source is not to be trusted
     │   ├── GeneralProtection       mktme.engine.tme: an instruction raises #GP
@@ -22,6 +24,7 @@ The whole tree, outer layers included (each layer defines its own branch)::
     │   └── GuestGoneError          its QEMU, or the memory in it, is gone
     ├── ProtocolError               mktme.service.wire: not a message of the control protocol
     ├── RoleError                   mktme.service.wire: not for a connection of that role
+    ├── CaptureError                mktme.service.captures: DRAM cannot be captured now
     ├── LimitError                  mktme.service.limits: more than one peer can have
     ├── ServiceError                mktme.service.client: the engine could not be asked
     │   ├── EngineGoneError         its process or connection ended
@@ -38,7 +41,8 @@ The whole tree, outer layers included (each layer defines its own branch)::
     ├── KeySearchError              mktme.proof.custody: what cannot be searched for keys
     ├── PatternError                mktme.dump.patterns: what cannot be searched for
     └── DumpError                   mktme.dump.image: an image that is not what it is said to be
-        └── DumpChangedError        it was written while it was read
+        ├── DumpChangedError        it was written while it was read
+        └── WrongKeyError           mktme.dump.decrypt: not the key that it was written with
 """
 
 from __future__ import annotations
@@ -83,6 +87,14 @@ class KeyMaterialError(EngineError):
 
 class DramError(EngineError):
     """The DRAM image cannot be read, written or understood."""
+
+
+class OutputError(EngineError):
+    """A file that is to be made cannot be, or not be written to the end; nothing of it is left."""
+
+
+class OutputExistsError(OutputError):
+    """There is something of that name, which is left as it is."""
 
 
 class DramFullError(DramError):

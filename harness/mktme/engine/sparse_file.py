@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NoReturn, Self
 
@@ -159,6 +160,29 @@ class SparseFile:
         ):
             number = ctypes.get_errno()
             self._raise("cannot erase", OSError(number, os.strerror(number)), offset)
+
+    def data(self, offset: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+        """Where a range is no hole: (offset, offset behind it), ascending.
+
+        Raises:
+            DramError: the file system cannot say.
+        """
+        at, end = offset, offset + size_bytes
+        while at < end:
+            try:
+                start = os.lseek(self._fd, at, os.SEEK_DATA)
+                at = os.lseek(self._fd, start, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # no data from here to the end of the file
+                    return
+                self._raise("cannot read", error, at)
+            if start < end:
+                yield start, min(at, end)
+
+    @property
+    def fd(self) -> int:
+        """Its descriptor, to share its blocks; the file is written through `write` alone."""
+        return self._fd
 
     def close(self) -> None:
         """Close the file; it stays on disk. Closing again does nothing."""

@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from mktme.dump.capture import CaptureReport
+from mktme.dump.decrypt import DecryptReport
 from mktme.dump.diff import DiffReport
+from mktme.dump.info import InfoReport
 from mktme.dump.search import SearchReport
 from mktme.dump.stats import StatsReport
 from mktme.proof.bench import BenchReport
@@ -38,6 +41,9 @@ DOCUMENTS: Final[dict[str, type]] = {
     "dump-search-1.json": SearchReport,
     "dump-stats-1.json": StatsReport,
     "dump-diff-1.json": DiffReport,
+    "dump-capture-1.json": CaptureReport,
+    "dump-info-1.json": InfoReport,
+    "dump-decrypt-1.json": DecryptReport,
 }
 
 

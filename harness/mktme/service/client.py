@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Final, Self, TypeVar
@@ -23,6 +23,7 @@ import numpy.typing as npt
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
 from mktme.datapath.window import Policy
+from mktme.engine.dram import CaptureRecord
 from mktme.engine.errors import MktmeError
 from mktme.engine.firmware import PlatformConfig
 from mktme.engine.keys import KeyMode
@@ -245,6 +246,62 @@ class EngineClient:
         """Write the DRAM image's description; returns its path."""
         return Path(self._call(wire.WriteSidecar(), wire.SidecarWritten).path)
 
+    def start_capture(self, path: Path, vms: Collection[UUID] = ()) -> int:
+        """Begin to copy DRAM to a file; `wait_for_capture`, or events, tell how it goes on.
+
+        Args:
+            path: of the copy; its sidecar and MACs go beside it.
+            vms: whose memory; none: all of DRAM.
+
+        Returns:
+            What events call it.
+        """
+        request = wire.StartCapture(path=str(path.absolute()), vms=tuple(vms))
+        return self._call(request, wire.CaptureStarted).capture
+
+    def wait_for_capture(self, capture: int) -> CaptureRecord:
+        """Wait for a capture's end, on a connection whose events nobody else reads.
+
+        If the wait itself ends otherwise (Ctrl-C), so does the capture.
+
+        Raises:
+            EngineRefusedError: it failed, and nothing is left of it.
+            EngineGoneError: so did the engine.
+        """
+        ended: wire.CaptureDone | wire.CaptureFailed | None = None
+        while ended is None:
+            try:
+                event = self.events.get()
+            except BaseException:
+                self.cancel_capture(capture)
+                raise
+            if event is None:
+                raise EngineGoneError(self._why_gone)
+            if isinstance(event, wire.CaptureDone | wire.CaptureFailed):
+                ended = event if event.capture == capture else None
+        return captured(ended)
+
+    def cancel_capture(self, capture: int) -> None:
+        """End a capture, if it is under way; nothing is left of it."""
+        with contextlib.suppress(ServiceError):
+            self._call(wire.CancelCapture(capture=capture), wire.Done)
+
+    def vms_held(self, capture: int, problem: str | None = None) -> None:
+        """Say that VMs stand still, or why they do not; when it returns they may go on."""
+        request = wire.VmsHeld(capture=capture, problem=problem)
+        self._call(request, wire.Done, FLUSH_TIMEOUT_S)
+
+    def vms_released(self, capture: int, pause_s: float | None) -> None:
+        """Say that they go on; see `wire.VmsReleased`."""
+        self._call(wire.VmsReleased(capture=capture, pause_s=pause_s), wire.Done)
+
+    def decrypt(
+        self, keyid: int, address: int, data: bytes, entries: bytes | None = None
+    ) -> wire.Decrypted:
+        """Decrypt what a copy of DRAM holds; see `wire.DecryptLines`."""
+        request = wire.DecryptLines(keyid=keyid, address=address, data=data, entries=entries)
+        return self._call(request, wire.Decrypted)
+
     def give_up(self, why: str) -> None:
         """As `close`, of an engine that does not answer: whoever asks it is told why; any thread.
 
@@ -327,6 +384,19 @@ class EngineClient:
             while header := stream.read(wire.LENGTH_BYTES):
                 body = stream.read(int.from_bytes(header, "little"))
                 yield wire.decode_reply(body)
+
+
+def captured(event: wire.CaptureDone | wire.CaptureFailed) -> CaptureRecord:
+    """How a capture ended.
+
+    Raises:
+        EngineRefusedError: it failed.
+    """
+    if isinstance(event, wire.CaptureFailed):
+        raise EngineRefusedError(
+            wire.Failure(error=event.error, message=event.message, hint=event.hint)
+        )
+    return event.record
 
 
 def _path(file: Path | None) -> str | None:

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from uuid import UUID
+
+import numpy as np
 
 from mktme.datapath.inline import InlineDataPath
 from mktme.datapath.kinds import DataPath
@@ -14,10 +17,13 @@ from mktme.datapath.shadow import Track
 from mktme.engine.dram import REGION_ALIGN_BYTES, Dram, Region, sidecar_path, write_sidecar
 from mktme.engine.errors import AddressError, MktmeError
 from mktme.engine.firmware import PlatformConfig
+from mktme.engine.integrity import ENTRY_BYTES
+from mktme.engine.line_key import LineKey
 from mktme.engine.nvdimm import Nvdimm
 from mktme.engine.package import Package, PowerEvent
-from mktme.engine.xts import PAGE_BYTES, Algorithm
+from mktme.engine.xts import LINE_BYTES, PAGE_BYTES, Algorithm
 from mktme.service import wire
+from mktme.service.captures import Captures
 from mktme.service.custody import Custody
 from mktme.service.drains import Drains, unlink
 from mktme.service.keyids import KeyIds
@@ -32,10 +38,16 @@ class Requests:
         config: what firmware sets up.
         custody: what is told of this process's memory.
         drains: how a VM's writes get into DRAM.
+        announce: tells the control clients of an event.
     """
 
     def __init__(
-        self, dram: Dram, config: PlatformConfig, custody: Custody, drains: Drains
+        self,
+        dram: Dram,
+        config: PlatformConfig,
+        custody: Custody,
+        drains: Drains,
+        announce: Callable[[wire.Event], None],
     ) -> None:
         self.dram = dram
         self.package = Package(dram, config)
@@ -44,6 +56,14 @@ class Requests:
         self._custody = custody
         self._drains = drains
         self._keyids = KeyIds(self.package, self.vms, drains)
+        self._captures = Captures(
+            dram,
+            lambda vms: describe(dram, self.package, vms),
+            self.vms,
+            drains,
+            self._keyids.lock,
+            announce,
+        )
 
     async def handle(self, request: wire.Command) -> wire.Reply:
         """Do what is asked.
@@ -74,6 +94,16 @@ class Requests:
                 return self._marks(request)
             case wire.WriteSidecar():
                 return self._write_sidecar()
+            case wire.StartCapture(path=path, vms=uuids):
+                return wire.CaptureStarted(capture=self._captures.start(path, uuids))
+            case wire.VmsHeld(capture=number, problem=problem):
+                await self._captures.vms_held(number, problem)
+            case wire.VmsReleased(capture=number, pause_s=pause_s):
+                self._captures.vms_released(number, pause_s)
+            case wire.CancelCapture(capture=number):
+                self._captures.cancel(number)
+            case wire.DecryptLines():
+                return self._decrypt(request)
             case wire.ReadMsr(msr=msr):
                 return wire.MsrValue(value=self.package.rdmsr(msr))
             case wire.WriteMsr(msr=msr, value=value):
@@ -279,6 +309,22 @@ class Requests:
             address // PAGE_BYTES, size_bytes // PAGE_BYTES, keyid=keyid
         )
         return wire.Data(data=plaintext.tobytes())
+
+    def _decrypt(self, request: wire.DecryptLines) -> wire.Decrypted:
+        if not request.data or len(request.data) % LINE_BYTES or request.address % LINE_BYTES:
+            raise AddressError("what is decrypted is whole lines", address=request.address)
+        lines = np.frombuffer(request.data, "<u8").reshape(-1, LINE_BYTES // 8).copy()
+        addresses = request.address + np.arange(len(lines), dtype=np.uint64) * LINE_BYTES
+        key = LineKey(
+            self.package.keys.cipher(request.keyid), self.package.keys.macs(request.keyid)
+        )
+        entries = None
+        if request.entries is not None:
+            if len(request.entries) != len(lines) * ENTRY_BYTES:
+                raise AddressError("a line has one MAC", address=request.address)
+            entries = np.frombuffer(request.entries, "<u4")
+        bad = key.decrypt(lines, addresses, entries)
+        return wire.Decrypted(data=lines.tobytes(), bad=b"" if bad is None else bad.tobytes())
 
     def _marks(self, request: wire.ReadMarks) -> wire.Data:
         vm = self._vm(request.vm)

@@ -97,7 +97,7 @@ class EngineServer:
         self._run_dir = run_dir
         self._drains = Drains(self._announce)
         self._faults = Faults(self._drains, self._announce)
-        self._requests = Requests(dram, config, custody, self._drains)
+        self._requests = Requests(dram, config, custody, self._drains, self._announce)
         self._peer_uids = peer_uids | {os.geteuid()}
         self._shared_ownership = shared_ownership
         self._clients: set[_Client] = set()  # those that said Hello

@@ -22,7 +22,7 @@ import msgspec
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
 from mktme.datapath.window import Policy
-from mktme.engine.dram import GuestSegment, PageRange
+from mktme.engine.dram import CaptureRecord, GuestSegment, PageRange
 from mktme.engine.errors import MktmeError
 from mktme.engine.firmware import PlatformConfig, PlatformConfigError
 from mktme.engine.integrity import Violation
@@ -31,11 +31,12 @@ from mktme.engine.package import PowerEvent
 from mktme.engine.xts import Algorithm
 from mktme.service.custody import Custody
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 LENGTH_BYTES: Final = 4
 REQUEST_MAX_BYTES: Final = 64 << 10
 READ_MAX_BYTES: Final = 4 << 20
 WRITE_MAX_BYTES: Final = REQUEST_MAX_BYTES - (4 << 10)  # the rest of a request has room beside it
+DECRYPT_MAX_BYTES: Final = 14 * 4096  # with its MACs
 NAME_MAX_CHARACTERS: Final = 255
 PAGE_RANGES_MAX: Final = 1024
 REPLY_MAX_BYTES: Final = READ_MAX_BYTES + (64 << 10)
@@ -199,6 +200,64 @@ class WriteSidecar(_Command, frozen=True):
     """Write the JSON description beside the DRAM image, as of now."""
 
 
+class StartCapture(_Command, frozen=True):
+    """Copy DRAM as it is at one moment to a file; the answer comes at once, then events.
+
+    Attributes:
+        path: of the copy, absolute; nothing may be there, nor its sidecar or MACs.
+        vms: whose memory; none: all of DRAM.
+    """
+
+    path: str
+    vms: tuple[UUID, ...] = ()
+
+
+class VmsHeld(_Command, frozen=True):
+    """The VMs that `HoldVms` told of stand still. They may go on when the answer is there.
+
+    Attributes:
+        problem: why they do not; None if they do.
+    """
+
+    capture: int
+    problem: str | None = None
+
+
+class VmsReleased(_Command, frozen=True):
+    """After `VmsHeld`: they go on.
+
+    Attributes:
+        pause_s: how long they stood still, seconds; None if all of them did before already.
+    """
+
+    capture: int
+    pause_s: Annotated[float, msgspec.Meta(ge=0)] | None
+
+
+class CancelCapture(_Command, frozen=True):
+    """End a capture; nothing is left of it."""
+
+    capture: int
+
+
+class DecryptLines(_Command, frozen=True):
+    """Decrypt what a copy of DRAM holds with a key of the platform's.
+
+    For owners only. It gives them nothing that they could not have (docs/adr/0013).
+
+    Attributes:
+        keyid: whose key.
+        address: where in DRAM it was, a multiple of 64.
+        data: ciphertext, whole lines, at most `DECRYPT_MAX_BYTES`.
+        entries: what the MAC area had for the lines, 4 bytes each, if they are to be checked.
+    """
+
+    keyid: int
+    address: Annotated[int, msgspec.Meta(ge=0, lt=1 << 52)]
+    data: Annotated[bytes, msgspec.Meta(max_length=DECRYPT_MAX_BYTES)]
+    entries: Annotated[bytes, msgspec.Meta(max_length=DECRYPT_MAX_BYTES // 16)] | None = None
+
+
 class ReadMsr(_Command, frozen=True):
     """Execute RDMSR on the package."""
 
@@ -312,6 +371,11 @@ Command: TypeAlias = (
     | WriteDram
     | ReadMarks
     | WriteSidecar
+    | StartCapture
+    | VmsHeld
+    | VmsReleased
+    | CancelCapture
+    | DecryptLines
     | ReadMsr
     | WriteMsr
     | ExecutePconfig
@@ -533,6 +597,23 @@ class SidecarWritten(Message, frozen=True):
     path: str
 
 
+class CaptureStarted(Message, frozen=True):
+    """What events call the capture."""
+
+    capture: int
+
+
+class Decrypted(Message, frozen=True):
+    """Plaintext; zeros in lines never written.
+
+    Attributes:
+        bad: a byte a line, 1 if it does not match its MAC; empty if they were not checked.
+    """
+
+    data: bytes
+    bad: bytes
+
+
 Reply: TypeAlias = (
     Welcome
     | Done
@@ -544,6 +625,8 @@ Reply: TypeAlias = (
     | Status
     | Data
     | SidecarWritten
+    | CaptureStarted
+    | Decrypted
 )
 
 
@@ -607,8 +690,45 @@ class PagePoisoned(Message, frozen=True):
     kind: Violation
 
 
+class HoldVms(Message, frozen=True):
+    """A capture needs VMs to stand still: whoever runs them answers with `VmsHeld`."""
+
+    capture: int
+    vms: tuple[UUID, ...]
+
+
+class CaptureDone(Message, frozen=True):
+    """A capture is complete, and its file there.
+
+    Attributes:
+        record: what its sidecar says of it.
+    """
+
+    capture: int
+    path: str
+    record: CaptureRecord
+
+
+class CaptureFailed(Message, frozen=True):
+    """A capture came to nothing, and nothing is left of it; otherwise as `Failure`."""
+
+    capture: int
+    error: str
+    message: str
+    hint: str | None = None
+
+
 Event: TypeAlias = (
-    VmLinked | VmUnlinked | LinkRefused | DramFull | DramCaughtUp | VmFault | PagePoisoned
+    VmLinked
+    | VmUnlinked
+    | LinkRefused
+    | DramFull
+    | DramCaughtUp
+    | VmFault
+    | PagePoisoned
+    | HoldVms
+    | CaptureDone
+    | CaptureFailed
 )
 
 _encoder: Final = msgspec.msgpack.Encoder()

@@ -70,6 +70,9 @@ class Domain:
         self.trouble: str | None = None
         self._ssh: Ssh | None = None
         self._holding = threading.Lock()
+        self._pausing = threading.Lock()
+        self._pauses = 0  # how many `paused` there are now
+        self._was_running = False  # before the first of them
         self._host = host
         self._transcript = transcript
         self._fault = fault
@@ -189,12 +192,24 @@ class Domain:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Hold the guest still: vCPUs stopped, and all device I/O finished (QEMU's vm_stop)."""
-        self.suspend()
+        """Hold the guest still: vCPUs stopped, and all device I/O finished (QEMU's vm_stop).
+
+        Several can, from any threads: it goes on when the last is done, or stays paused if it was
+        when the first came.
+        """
+        with self._pausing:
+            if self._pauses == 0:
+                self._was_running = not self.is_paused
+                if self._was_running:
+                    self.suspend()
+            self._pauses += 1
         try:
             yield
         finally:
-            self.resume()
+            with self._pausing:
+                self._pauses -= 1
+                if self._pauses == 0 and self._was_running:
+                    self.resume()
 
     def suspend(self) -> None:
         """Stop the vCPUs.

@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +34,18 @@ from typing import Final, Self
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
 from mktme.datapath.uffd import require_fault_handling, require_write_tracking
+from mktme.engine.dram import CaptureRecord
 from mktme.engine.firmware import PlatformConfig
 from mktme.engine.pages import first_line
 from mktme.engine.xts import LINE_BYTES
 from mktme.service import wire
-from mktme.service.client import EngineClient, EngineGoneError, EngineProcess, ServiceError
+from mktme.service.client import (
+    EngineClient,
+    EngineGoneError,
+    EngineProcess,
+    ServiceError,
+    captured,
+)
 from mktme.service.server import CONTROL_SOCKET
 from mktme.vm.config import VmConfig, check_config, with_window
 from mktme.vm.console import VmError
@@ -185,6 +192,7 @@ class Platform:
         self._leaving: set[uuid.UUID] = set()
         self.poisoned: list[wire.PagePoisoned] = []
         """What was found in DRAM that does not match its MAC, in this order."""
+        self._captured: dict[int, wire.CaptureDone | wire.CaptureFailed] = {}
         self._aborted = False
         self._gone = False
         self._silence: str | None = None  # what is to be told of an engine that does not answer
@@ -411,6 +419,30 @@ class Platform:
         vm.domain.check_guest_map(vm_status(engine, vm.uuid).segments)
         vm.domain.resume()
 
+    def capture(self, path: Path, vms: Collection[Vm] = ()) -> CaptureRecord:
+        """Copy DRAM as it is at one moment to a file, its sidecar beside it; guests go on.
+
+        Guests that run are held for that moment; one that is paused, or `held`, stays so.
+
+        Args:
+            path: of the copy; nothing may be there.
+            vms: whose memory; none: all of DRAM.
+
+        Raises:
+            ServiceError: it failed, and nothing is left of it.
+        """
+        number = self.engine.start_capture(path, [vm.uuid for vm in vms])
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: self._gone or number in self._captured)
+                event = self._captured.pop(number, None)
+        except BaseException:
+            self.engine.cancel_capture(number)
+            raise
+        if event is None:
+            raise EngineGoneError(self._silence or "the engine is gone")
+        return captured(event)
+
     def abort(self) -> None:
         """Take every guest down now, from any thread: whoever waits for one gets a `VmError`."""
         self._aborted = True
@@ -576,6 +608,11 @@ class Platform:
                 threading.Thread(
                     target=self._machine_check, args=(event,), name="mktme-mce", daemon=True
                 ).start()
+            if isinstance(event, wire.HoldVms):
+                # An `inline` guest may need other events until it stands still.
+                threading.Thread(
+                    target=self._hold_for_capture, args=(event,), name="mktme-hold", daemon=True
+                ).start()
             if isinstance(event, wire.DramFull | wire.DramCaughtUp):
                 with contextlib.suppress(VmError):  # it ended by itself meanwhile
                     self._hold_or_release(event)
@@ -596,6 +633,8 @@ class Platform:
                 log.info("the engine refused a plugin: %s", reason)
             case wire.PagePoisoned():
                 self.poisoned.append(event)
+            case wire.CaptureDone(capture=number) | wire.CaptureFailed(capture=number):
+                self._captured[number] = event
             case wire.DramCaughtUp(vm=one):
                 self._faults.pop(one, None)
             case wire.DramFull(vm=one, message=message) | wire.VmFault(vm=one, message=message):
@@ -626,6 +665,29 @@ class Platform:
                 vm_status(self.engine, event.vm).qemu_pid,
                 on_its_way=lambda: self.engine.release_page(event.vm, event.ram_offset),
             )
+
+    def _hold_for_capture(self, event: wire.HoldVms) -> None:
+        """Hold the guests that run until the engine has what it needs, and say how long."""
+        with self._changed:
+            domains = [self._domains.get(one) for one in event.vms]
+        problem: str | None = None
+        with contextlib.suppress(ServiceError):  # it is cancelled, or the engine gone
+            started: float | None = None
+            try:
+                with contextlib.ExitStack() as stack:
+                    for domain in domains:
+                        if domain is None:
+                            raise VmError("a VM is not up yet, or not any more: try again")
+                        if not domain.is_paused:
+                            started = time.monotonic() if started is None else started
+                        stack.enter_context(domain.paused())
+                    self.engine.vms_held(event.capture)
+            except VmError as error:
+                problem = str(error)
+            pause_s = None if started is None else time.monotonic() - started
+            if problem is not None:
+                self.engine.vms_held(event.capture, problem)
+            self.engine.vms_released(event.capture, pause_s)
 
     def _hold_or_release(self, event: wire.DramFull | wire.DramCaughtUp) -> None:
         with self._changed:

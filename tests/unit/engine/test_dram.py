@@ -433,7 +433,7 @@ def test_sidecar_can_be_understood_by_others(image: Path) -> None:
     write_sidecar(sidecar_path(image), SIDECAR)
     plain = json.loads(sidecar_path(image).read_text())
     assert plain["schema"] == "mktme-dram"
-    assert plain["version"] == 4
+    assert plain["version"] == 5
     assert plain["data_unit_bytes"] == 64
     assert "16-byte little-endian" in plain["tweak"]
     assert "never written" in plain["never_written"]
@@ -491,8 +491,8 @@ def changed(**fields: Any) -> bytes:
         (b"[]", "Expected `object`, got `array`"),
         (b"{}", "missing required field `schema`"),
         (changed(schema="other"), "its schema is 'other'"),
-        (changed(version=3), "sidecar version 3, this mktme reads 4"),
-        (changed(version=1), "sidecar version 1, this mktme reads 4"),
+        (changed(version=3), "sidecar version 3, this mktme reads 5"),
+        (changed(version=1), "sidecar version 1, this mktme reads 5"),
         (changed(extra=1), "unknown field `extra`"),
         (changed(data_unit_bytes=512), r"\$.data_unit_bytes"),
         (changed(integrity={}), r"\$.integrity"),

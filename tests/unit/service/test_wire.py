@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import ShadowCounters, Track
 from mktme.datapath.window import Policy
-from mktme.engine.dram import GuestSegment, PageRange
+from mktme.engine.dram import CaptureRecord, GuestSegment, PageRange
 from mktme.engine.firmware import Exclusion, PlatformConfig
 from mktme.engine.integrity import Violation
 from mktme.engine.keys import KeyMode
@@ -47,6 +47,11 @@ REQUESTS: list[wire.Request] = [
     wire.ReadVm(vm=VM, ram_offset=0, size_bytes=2**63, keyid=63),
     wire.ReadMarks(vm=VM, first_page=1, page_count=2),
     wire.WriteSidecar(),
+    wire.StartCapture(path="/copy", vms=(VM,)),
+    wire.VmsHeld(capture=1, problem="it is gone"),
+    wire.VmsReleased(capture=1, pause_s=0.25),
+    wire.CancelCapture(capture=1),
+    wire.DecryptLines(keyid=5, address=64, data=bytes(64), entries=bytes(4)),
     wire.ReadDram(address=4096, size_bytes=8192, keyid=0),
     wire.WriteDram(address=4096, data=bytes(64), keyid=5),
     wire.ReadMsr(msr=0x982),
@@ -151,6 +156,8 @@ REPLIES: list[wire.Reply] = [
     ),
     wire.Data(data=bytes(range(256))),
     wire.SidecarWritten(path="/dram.json"),
+    wire.CaptureStarted(capture=1),
+    wire.Decrypted(data=bytes(64), bad=b"\1"),
 ]
 EVENTS: list[wire.Event] = [
     wire.VmLinked(vm=VM),
@@ -167,6 +174,23 @@ EVENTS: list[wire.Event] = [
         lines=2,
         kind=Violation.MISMATCH,
     ),
+    wire.HoldVms(capture=1, vms=(VM,)),
+    wire.CaptureDone(
+        capture=1,
+        path="/copy",
+        record=CaptureRecord(
+            captured_at="2026-01-01T00:00:00.000+00:00",
+            method="reflink",
+            vms=None,
+            pause_s=0.25,
+            total_s=1.5,
+            data_bytes=8192,
+            saved_bytes=0,
+            sha256="0" * 64,
+            mac_sha256=None,
+        ),
+    ),
+    wire.CaptureFailed(capture=1, error="OutputError", message="full", hint="make space"),
 ]
 
 
