@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How fast `mktme dump search` is: the figures of docs/adr/0014-hyperscan.md.
+"""How fast `mktme dump search` is: the figures of docs/adr/0015-hyperscan.md.
 
 ::
 

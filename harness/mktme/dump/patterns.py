@@ -2,7 +2,7 @@
 """What a search looks for, and how it finds that in a piece of memory.
 
 Text, bytes and regular expressions are matched by Hyperscan, all in one pass; it lets other
-threads run meanwhile (docs/adr/0014-hyperscan.md). AES key schedules: `mktme.dump.aes_keys`.
+threads run meanwhile (docs/adr/0015-hyperscan.md). AES key schedules: `mktme.dump.aes_keys`.
 """
 
 from __future__ import annotations
