@@ -79,7 +79,8 @@ def compare(files: dict[str, Path], rounds: int) -> None:
 
     def row(name: str, measure: Callable[[Path], None]) -> None:
         cells = [f"{speed(path, measure, rounds):.2f}" for path in files.values()]
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        escaped = name.replace("|", r"\|")
+        print(f"| {escaped} | {' | '.join(cells)} |", flush=True)
 
     for name, searcher in SEARCHERS.items():
         row(name, lambda path, searcher=searcher: search_once(path, searcher))  # type: ignore[misc]
