@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How fast `mktme dump search` is: the figures of docs/adr/0014-hyperscan.md.
+"""How fast `mktme dump search` is: the figures of docs/adr/0015-hyperscan.md.
 
 ::
 
@@ -79,7 +79,8 @@ def compare(files: dict[str, Path], rounds: int) -> None:
 
     def row(name: str, measure: Callable[[Path], None]) -> None:
         cells = [f"{speed(path, measure, rounds):.2f}" for path in files.values()]
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        escaped = name.replace("|", r"\|")
+        print(f"| {escaped} | {' | '.join(cells)} |", flush=True)
 
     for name, searcher in SEARCHERS.items():
         row(name, lambda path, searcher=searcher: search_once(path, searcher))  # type: ignore[misc]

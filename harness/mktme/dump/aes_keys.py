@@ -250,8 +250,9 @@ def xts_partners(found: Sequence[KeySchedule]) -> dict[int, int]:
 def _edges(words: _Words) -> list[npt.NDArray[np.int64]]:
     """Indices of words where a row of a schedule may begin, for each of `_SHAPES`."""
     count = len(words)
-    change = np.empty(_BATCH_WORDS + _HALO_WORDS, np.uint32)
-    obeys, pairs, edges = np.empty((3, _BATCH_WORDS + _HALO_WORDS + 1), np.bool_)
+    most = min(count, _BATCH_WORDS + _HALO_WORDS)
+    change = np.empty(most, np.uint32)
+    obeys, pairs, edges = np.empty((3, most + 1), np.bool_)
     found: list[list[npt.NDArray[np.int64]]] = [[] for _shape in _SHAPES]
     for first in range(0, count, _BATCH_WORDS):
         low, high = max(1, first), min(count, first + _BATCH_WORDS + _HALO_WORDS)
@@ -270,17 +271,12 @@ def _edges(words: _Words) -> list[npt.NDArray[np.int64]]:
             edge = edges[:beginnings]
             np.logical_and(pair[:beginnings], pair[row : row + beginnings], out=edge)
             np.greater(edge, obey[:beginnings], out=edge)
-            of_shape.append(np.flatnonzero(edge) + start)
-    return [
-        _nontrivial(words, np.concatenate([np.empty(0, np.int64), *of_shape]), shape.step)
-        for shape, of_shape in zip(_SHAPES, found, strict=True)
-    ]
-
-
-def _nontrivial(words: _Words, edges: npt.NDArray[np.int64], step: int) -> npt.NDArray[np.int64]:
-    """Those edges that are not just zeros and words that repeat each other."""
-    kept: npt.NDArray[np.int64] = edges[(words[edges + step] | words[edges + step + 1]) != 0]
-    return kept
+            if edge.any():
+                places = np.flatnonzero(edge) + start
+                # But not zeros, and words that repeat each other.
+                told = (words[places + step] | words[places + step + 1]) != 0
+                of_shape.append(places[told])
+    return [np.concatenate([np.empty(0, np.int64), *of_shape]) for of_shape in found]
 
 
 # --- whether it is one ------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 """What a search looks for, and how it finds that in a piece of memory.
 
 Text, bytes and regular expressions are matched by Hyperscan, all in one pass; it lets other
-threads run meanwhile (docs/adr/0014-hyperscan.md). AES key schedules: `mktme.dump.aes_keys`.
+threads run meanwhile (docs/adr/0015-hyperscan.md). AES key schedules: `mktme.dump.aes_keys`.
 """
 
 from __future__ import annotations
@@ -305,8 +305,11 @@ def _refused(pattern: Pattern, reason: str) -> PatternError:
             hint="ask for one byte at least, such as a+ for a*",
         )
     name = pattern.name if len(pattern.name) < 80 else f"{pattern.name[:76]}..."
+    syntax = (
+        "the syntax is PCRE's without back-references and look-around; what is too large may be"
+        " two expressions"
+    )
     return PatternError(
         f"{name}: {reason[:1].lower()}{reason[1:]}",
-        hint="the syntax is PCRE's without back-references and look-around; what is too large may"
-        " be two expressions",
+        hint=syntax if pattern.size_bytes is None else "look for a part of it",
     )
