@@ -21,7 +21,14 @@ import numpy as np
 import numpy.typing as npt
 
 from mktme.dump.randomness import SYMBOLS, entropy_of_random
-from mktme.dump.sketch import Hashes, Sketch, hash_blocks, hash_lines, hash_numbers
+from mktme.dump.sketch import (
+    Hashes,
+    Sketch,
+    hash_blocks,
+    hash_lines,
+    hash_numbers,
+    in_sample,
+)
 from mktme.dump.strings import Found, find_strings
 from mktme.engine.xts import LINE_BYTES, PAGE_BYTES
 
@@ -36,7 +43,8 @@ PAGE_DEVIATIONS: Final = 7.0
 """A page is structured if its entropy is that many deviations below a random page's mean. For a
 whole page that is 7.927; chance alone does it to one page in about 10^9."""
 
-_BATCH_PAGES: Final = 128  # enough for NumPy's calls to cost little, and little enough for a cache
+_BATCH_PAGES: Final = 256  # enough for NumPy's calls to cost little, and little enough for a cache
+_COPIED_PAGES: Final = 16
 _SKETCH_VALUES: Final = 1 << 18
 _COMPRESSED_PAGES: Final = 512
 _COMPRESSED_MAX_SHIFT: Final = 9  # zlib takes eight times as long as all the rest together
@@ -50,16 +58,15 @@ PagesArray = npt.NDArray[np.uint8]
 class Sampling:
     """Which blocks, lines and pages are looked at for what cannot be done with all of them.
 
-    A block is counted if its hash is among one in 2^n, so that it is so wherever it comes again;
-    and each block of one page in 2^n, for the few that are everywhere.
+    What a block's or line's first 8 bytes are decides whether it is counted, so that it is so
+    wherever it comes again; and all of one page in 2^n is, for the few that are everywhere.
 
     Attributes:
-        block_shift, line_shift: n for repetitions; 0: all are counted.
+        shift: n: one in 2^n is counted for repetitions; 0: all are.
         page_shift: one page in 2^n is compressed.
     """
 
-    block_shift: int
-    line_shift: int
+    shift: int
     page_shift: int
 
     @classmethod
@@ -71,7 +78,6 @@ class Sampling:
 
         return cls(
             shift(size_bytes // BLOCK_BYTES, _SKETCH_VALUES),
-            shift(size_bytes // LINE_BYTES, _SKETCH_VALUES),
             min(_COMPRESSED_MAX_SHIFT, shift(size_bytes // PAGE_BYTES, _COMPRESSED_PAGES)),
         )
 
@@ -159,10 +165,10 @@ def tally_pages(pages: PagesArray, numbers: npt.NDArray[np.int64], sampling: Sam
         part = slice(first, first + _BATCH_PAGES)
         entropies[part], counts = page_entropy(pages[part], lines[part])
         histogram += counts.sum(axis=0)
-        blocks = hash_blocks(pages[part].view(np.uint64))
-        inside = written[part], places[part]
-        block_hashes.append(_sample(blocks, *inside, sampling.block_shift))
-        line_hashes.append(_sample(hash_lines(blocks), *inside, sampling.line_shift))
+        words = pages[part].view(np.uint64)
+        blocks, line_values = _sample(words, written[part], places[part], sampling.shift)
+        block_hashes.append(blocks)
+        line_hashes.append(line_values)
     structured = numbers[entropies < structured_below()[lines]]
     bins = np.minimum((entropies * (ENTROPY_BINS / 8)).astype(np.int64), ENTROPY_BINS - 1)
     compressed = _compress(pages, written, places, sampling.page_shift)
@@ -206,13 +212,15 @@ def page_entropy(
     Returns:
         bits per byte, float64, shape (n,); and byte counts, int64, shape (n, 256).
     """
-    # A call for each page, on an int64 copy: that is what bincount counts in, and the copy and the
-    # counts stay in L1. One call for many pages, with an offset each, takes half as long again.
-    copy = np.empty(PAGE_BYTES, np.int64)
-    each = []
-    for page in pages:
-        copy[:] = page
-        each.append(np.bincount(copy, None, SYMBOLS))
+    # A call for each page, on an int64 copy: that is what bincount counts in, and the counts stay
+    # in L1. One call for many pages, with an offset each, takes half as long again.
+    copies = np.empty((_COPIED_PAGES, PAGE_BYTES), np.int64)
+    rows = list(copies)
+    each: list[npt.NDArray[np.int64]] = []
+    for first in range(0, len(pages), _COPIED_PAGES):
+        part = pages[first : first + _COPIED_PAGES]
+        copies[: len(part)] = part
+        each += [np.bincount(row, None, SYMBOLS) for row in rows[: len(part)]]
     counts = np.concatenate(each).reshape(len(pages), SYMBOLS)
     counts[:, 0] -= (PAGE_LINES - lines) * LINE_BYTES
     size = lines * LINE_BYTES
@@ -221,17 +229,28 @@ def page_entropy(
     return np.log2(size) - total / (size * float(_COUNT_POINT)), counts
 
 
-def _sample(hashes: Hashes, written: npt.NDArray[np.bool_], places: Hashes, shift: int) -> Hashes:
-    """Those hashes, of shape (n, m), that are in a sample, but for lines that were not written."""
-    per_line = hashes.shape[1] // PAGE_LINES
+def _sample(
+    words: npt.NDArray[np.uint64], written: npt.NDArray[np.bool_], places: Hashes, shift: int
+) -> tuple[Hashes, Hashes]:
+    """Hashes of blocks and of lines that are in a sample, but for lines that were not written.
+
+    Args:
+        words: uint64, shape (n, 512).
+        written: bool, shape (n, 64).
+        places: of the pages, shape (n,).
+        shift: one in 2^shift; 0: all.
+    """
     if shift == 0:
-        return hashes.compress(np.repeat(written, per_line))
-    below = np.uint64(1 << (64 - shift))
-    taken = hashes < below
-    taken[places < below] = True
+        lines = words.reshape(-1, LINE_BYTES // 8)[written.reshape(-1)]
+        blocks = hash_blocks(lines)
+        return blocks.reshape(-1), hash_lines(blocks).reshape(-1)
+    taken = in_sample(words, shift)
+    taken[places < np.uint64(1 << (64 - shift))] = True
     at = np.flatnonzero(taken)
-    sampled: Hashes = hashes.take(at[written.take(at // per_line)])
-    return sampled
+    at = at[written.take(at // LINE_BLOCKS)]
+    blocks = hash_blocks(words.reshape(-1, BLOCK_BYTES // 8)[at])
+    lines = words.reshape(-1, LINE_BYTES // 8)[at[at % LINE_BLOCKS == 0] // LINE_BLOCKS]
+    return blocks.reshape(-1), hash_lines(hash_blocks(lines)).reshape(-1)
 
 
 def _compress(

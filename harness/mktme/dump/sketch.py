@@ -27,7 +27,6 @@ _K2: Final = np.uint64(0xC4CEB9FE1A85EC53)
 _PLACES: Final = np.array(
     [0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5], np.uint64
 )
-_SALT: Final = np.uint64(0x27D4EB2F165667C5)  # or the hash of zeros were 0, and in every sample
 _HALF: Final = np.uint64(32)
 _WHOLE: Final = 1 << 64
 
@@ -120,9 +119,27 @@ def hash_blocks(words: npt.NDArray[np.uint64]) -> Hashes:
     # of both halves, as (x, y) and (-x, -y) do where floating-point numbers are, had the same.
     found ^= found >> _HALF
     found += words[..., 1::2]
-    found ^= _SALT
     found *= _K1
     return found
+
+
+def in_sample(words: npt.NDArray[np.uint64], shift: int) -> npt.NDArray[np.bool_]:
+    """Which 16-byte blocks are in a sample of one in 2^shift.
+
+    It looks at their first halves alone, which takes a third of the time of a hash: blocks that
+    share it are all in the sample, or all out of it.
+
+    Args:
+        words: uint64, shape (..., 2 n): two a block.
+        shift: 1 to 63.
+
+    Returns:
+        bool, shape (..., n).
+    """
+    mixed = words[..., 0::2] * _K0
+    # The upper end: zeros, which are 0 here too, must not be in every sample.
+    chosen: npt.NDArray[np.bool_] = mixed >= np.uint64(_WHOLE - (1 << (64 - shift)))
+    return chosen
 
 
 def hash_lines(blocks: Hashes) -> Hashes:

@@ -77,8 +77,8 @@ class Repeats:
 
     Attributes:
         size_bytes: 16 for blocks, 64 for lines.
-        one_in: 1: all were counted; n: those whose hash is one of n, wherever they are, and all of
-            one page in n.
+        one_in: 1: all were counted; n: those whose first 8 bytes are among one in n, wherever they
+            are, and all of one page in n.
         counted: how many were.
         repeated: how many of them are equal to another one of them.
         most: how often the most frequent one came.
@@ -287,8 +287,8 @@ def _report(image: DumpImage, tallies: dict[int, Tally], sampling: Sampling) -> 
         pages_written=sum(one.pages for one in tallies.values()),
         lines_written=sum(one.lines for one in tallies.values()),
         thresholds=thresholds,
-        blocks=_repeats(blocks, BLOCK_BYTES, sampling.block_shift),
-        lines=_repeats(lines, LINE_BYTES, sampling.line_shift),
+        blocks=_repeats(blocks, BLOCK_BYTES, sampling.shift),
+        lines=_repeats(lines, LINE_BYTES, sampling.shift),
         keyids=keyids,
         passed=all(one.passed for one in keyids),
     )
@@ -301,8 +301,8 @@ def _zone(image: DumpImage, zone: int, pages: int, tally: Tally, sampling: Sampl
     vms = () if image.sidecar is None else image.sidecar.vms
     chi = chi_square(tally.histogram.tolist()) if size else None
     p_value = None if chi is None else chi_square_p(chi)
-    blocks = _repeats(tally.blocks, BLOCK_BYTES, sampling.block_shift)
-    lines = _repeats(tally.line_values, LINE_BYTES, sampling.line_shift)
+    blocks = _repeats(tally.blocks, BLOCK_BYTES, sampling.shift)
+    lines = _repeats(tally.line_values, LINE_BYTES, sampling.shift)
     reasons = _reasons(tally, p_value, blocks, lines)
     return ZoneStats(
         keyid=keyid,

@@ -28,7 +28,7 @@ from .contents import counter, encrypt, encrypt_without_addresses, prose
 from .equal import same
 
 PAGE, LINE = 4096, 64
-ALL = Sampling(0, 0, 0)
+ALL = Sampling(0, 0)
 
 
 def as_pages(data: bytes) -> npt.NDArray[np.uint8]:
@@ -146,7 +146,7 @@ def test_same_plaintext_at_two_addresses_does_not_repeat() -> None:
 def test_sample_by_hash_finds_all_of_a_value() -> None:
     """Pairs of lines that are as far apart as can be, one in 16 looked at."""
     half = random.Random(4).randbytes(512 * PAGE)
-    sampling = Sampling(4, 4, 8)
+    sampling = Sampling(4, 8)
     found = tally(half + half, sampling)
     by_place = found.line_values.counts == 1  # a sampled page's line whose like is not on one
     in_pairs = found.line_values.counts == 2
@@ -158,8 +158,8 @@ def test_sample_by_hash_finds_all_of_a_value() -> None:
 
 
 def test_sample_by_page_finds_what_is_everywhere() -> None:
-    """One line on every page, whose hash is not in the sample of one in 256."""
-    sampling = Sampling(8, 8, 8)
+    """One line on every page, that is not in the sample of one in 256."""
+    sampling = Sampling(8, 8)
     rng = random.Random(5)
     line = rng.randbytes(LINE)
     data = b"".join(rng.randbytes(PAGE - LINE) + line for _ in range(2048))
@@ -171,12 +171,12 @@ def test_sample_by_page_finds_what_is_everywhere() -> None:
 
 
 def test_sampling_is_as_much_as_fits() -> None:
-    assert Sampling.for_data(2 << 20) == Sampling(0, 0, 0)
-    assert Sampling.for_data(4 << 20) == Sampling(0, 0, 1)
-    assert Sampling.for_data((4 << 20) + PAGE) == Sampling(1, 0, 2)
-    assert Sampling.for_data(1 << 30) == Sampling(8, 6, 9)
-    assert Sampling.for_data(64 << 30) == Sampling(14, 12, 9)
-    assert Sampling.for_data(0) == Sampling(0, 0, 0)
+    assert Sampling.for_data(2 << 20) == Sampling(0, 0)
+    assert Sampling.for_data(4 << 20) == Sampling(0, 1)
+    assert Sampling.for_data((4 << 20) + PAGE) == Sampling(1, 2)
+    assert Sampling.for_data(1 << 30) == Sampling(8, 9)
+    assert Sampling.for_data(64 << 30) == Sampling(14, 9)
+    assert Sampling.for_data(0) == Sampling(0, 0)
 
 
 SOME = [
@@ -194,7 +194,7 @@ SOME = [
 @given(
     chosen=st.lists(st.sampled_from(range(len(SOME))), min_size=1, max_size=40),
     cuts=st.lists(st.integers(0, 40), max_size=4),
-    sampling=st.sampled_from([ALL, Sampling(1, 1, 1), Sampling(3, 2, 1)]),
+    sampling=st.sampled_from([ALL, Sampling(1, 1), Sampling(3, 1)]),
     order=st.randoms(use_true_random=False),
 )
 def test_however_pages_are_cut_up(

@@ -11,7 +11,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mktme.dump.sketch import Sketch, hash_blocks, hash_lines, hash_numbers
+from mktme.dump.sketch import Sketch, hash_blocks, hash_lines, hash_numbers, in_sample
 
 
 def test_counts() -> None:
@@ -68,9 +68,19 @@ def test_hashes_tell_blocks_apart() -> None:
     blocks = np.unique(np.concatenate([blocks, bits]), axis=0)
     hashes = hash_blocks(blocks.reshape(-1))
     assert len(np.unique(hashes)) == len(blocks)
-    # A sample of one in 64 by hash is one in 64, within five deviations.
-    share = int((hashes < np.uint64(1 << 58)).sum())
-    assert abs(share - len(blocks) / 64) < 5 * (len(blocks) / 64) ** 0.5
+
+
+def test_sample_of_blocks_is_by_their_first_halves() -> None:
+    words = np.random.default_rng(3).integers(0, 1 << 63, (1 << 16, 2), dtype=np.uint64)
+    chosen = in_sample(words, 6)[:, 0]
+    expected = len(words) / 64
+    assert abs(int(chosen.sum()) - expected) < 5 * expected**0.5
+    words[:, 1] += np.uint64(1)
+    assert (in_sample(words, 6)[:, 0] == chosen).all()
+    small = np.zeros((1 << 16, 2), np.uint64)
+    small[:, 0] = np.arange(1 << 16)
+    assert abs(int(in_sample(small, 6).sum()) - expected) < 5 * expected**0.5
+    assert not in_sample(np.zeros((1, 2), np.uint64), 6).any()
 
 
 def test_hash_of_a_line_depends_on_each_block_and_its_place() -> None:
