@@ -19,8 +19,8 @@ def check_timeline(guest: GuestReport) -> None:
     found = guest.timeline
     assert found is not None
     # From the first instruction to the last flush.
-    assert len(found.at_s) > guest.boot_s
-    assert found.at_s[0] < 1
+    assert len(found.at_s) > guest.boot_s  # more than one a second
+    assert found.at_s[0] < guest.boot_s / 2
     assert found.at_s[-1] > guest.boot_s + guest.workload_s
     if guest.checksums:
         assert found.worked_s is not None

@@ -29,6 +29,7 @@ CAPACITY: Final = 512
 SHARE: Final = 0.02
 """The most of its time that the engine is to spend on answers: they take longer for more DRAM."""
 
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
@@ -51,8 +52,8 @@ class Timeline:
         resident_bytes: `inline`: plaintext in the window.
     """
 
-    at_s: tuple[Annotated[float, msgspec.Meta(ge=0, le=1e9)], ...]
-    worked_s: tuple[float, float] | None
+    at_s: tuple[Seconds, ...]
+    worked_s: tuple[Seconds, Seconds] | None
     lines_stored: tuple[Count, ...] = ()
     lines_other: tuple[Count, ...] = ()
     lines_written: tuple[Count, ...] = ()
@@ -141,11 +142,13 @@ def recording(engine: EngineClient) -> Iterator[Recorder]:
     def sample() -> None:
         # An engine that is gone, or hangs, is for the run to tell of.
         with contextlib.suppress(MktmeError):
+            quickest = float("inf")  # others took longer since the engine had other things to do
             while True:
                 asked = time.monotonic()
                 vms = engine.status().vms
+                quickest = min(quickest, time.monotonic() - asked)
                 recorder.add(asked, vms)
-                if stop.wait(max(recorder.interval_s, (time.monotonic() - asked) / SHARE)):
+                if stop.wait(max(recorder.interval_s, quickest / SHARE)):
                     return
 
     sampler = threading.Thread(target=sample, name="mktme-timeline", daemon=True)

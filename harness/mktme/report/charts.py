@@ -262,7 +262,7 @@ def window_chart(one: str, name: str, timeline: Timeline, window_bytes: int) -> 
         _mark_work(axes, timeline)
         axes.fill_between(at, resident, color=FIRST, linewidth=0, label="plaintext")
         axes.axhline(limit, color=LIMIT, linestyle=(0, (4, 2)), linewidth=1.4, label="window")
-        axes.set_ylim(0, limit * 1.12)
+        axes.set_ylim(0, max(limit, resident.max()) * 1.12 or 1)
         _over_time(axes, "MiB", timeline)
         every = max(1, -(-len(at) // _ROWS))
         return _chart(

@@ -52,6 +52,18 @@ def read_report(path: Path) -> RunReport:
             hint="use the mktme that wrote it",
         )
     try:
+        _check_numbers(outline)
         return msgspec.convert(outline, RunReport)
-    except (msgspec.ValidationError, OverflowError) as error:
+    except ValueError as error:  # msgspec.ValidationError among them
         raise ReportError(f"{path}: not as {_SCHEMA} is described: {error}", hint=hint) from error
+
+
+def _check_numbers(value: object) -> None:
+    """Refuse integers that no counter can have, and that no float holds: JSON knows no bounds."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for one in value:
+            _check_numbers(one)
+    elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        raise ValueError("an integer of more than 64 bits")

@@ -97,10 +97,12 @@ def render(report: RunReport, looks: Sequence[Look] = ()) -> bytes:
     Returns:
         HTML, UTF-8.
     """
-    run_json = encode(report).decode()
-    dumps_json = encode([look.figures for look in looks]).decode()
-    documents = {"run": msgspec.json.decode(run_json), "dumps": msgspec.json.decode(dumps_json)}
-    style = (_HERE / "style.css").read_text()
+    texts = {
+        "run": _json_escaped(encode(report).decode()),
+        "dumps": _json_escaped(encode([look.figures for look in looks]).decode()),
+    }
+    documents = {name: msgspec.json.decode(text) for name, text in texts.items()}
+    style = (_HERE / "style.css").read_text("utf-8")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -140,14 +142,8 @@ def render(report: RunReport, looks: Sequence[Look] = ()) -> bytes:
         pointer_part=lambda name: name.replace("~", "~0").replace("/", "~1"),
         style=Markup(style),
         style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-        documents={
-            "run": _json_text(run_json),
-            "dumps": _json_text(dumps_json),
-        },
-        digests={
-            "run": _digest(run_json),
-            "dumps": _digest(dumps_json),
-        },
+        documents={name: _json_text(text) for name, text in texts.items()},
+        digests={name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()},
     )
     return html.encode()
 
@@ -163,12 +159,8 @@ def _json_escaped(text: str) -> str:
 
 def _json_text(text: str) -> Markup:
     # Quotes need no escape in text, and there are many.
-    plain = _json_escaped(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    plain = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return Markup(plain)  # escaped above
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(_json_escaped(text).encode()).hexdigest()
 
 
 def _figure(document: Any, name: str, pointer: str, form: str) -> Markup:

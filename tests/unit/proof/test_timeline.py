@@ -145,6 +145,24 @@ def test_engine_that_is_slow_is_asked_less_often() -> None:
     assert answers[2] - answers[0] >= 2 * 0.01 / SHARE > 2 * INTERVAL_S
 
 
+def test_engine_that_is_busy_once_is_asked_as_often() -> None:
+    """An answer that took long for other reasons does not count, once there was a quick one."""
+    answers = []
+    asked = threading.Event()
+
+    def status() -> object:
+        answers.append(time.monotonic())
+        if len(answers) == 2:
+            time.sleep(1)  # the engine is at something else
+        if len(answers) == 3:
+            asked.set()
+        return SimpleNamespace(vms=())
+
+    with recording(client(status)):
+        assert asked.wait(30)  # and not for 1 s / SHARE
+    assert answers[2] - answers[1] < 1 / SHARE
+
+
 def test_engine_that_is_gone_is_told_of_by_others() -> None:
     def status() -> object:
         raise EngineGoneError("the engine is gone")

@@ -73,6 +73,14 @@ WRONG = {
         changed(lambda one: one["guests"][1].update(boot_s="long")),
         r"Expected `float`, got `str` - at `\$\.guests\[1\]\.boot_s`",
     ),
+    "with a number that is none": (
+        changed(lambda one: one["guests"][0]["traffic"].update(drains=1 << 64)),
+        "an integer of more than 64 bits",
+    ),
+    "with half a character": (
+        changed(lambda one: one["guests"][0].update(name="HALF")).replace(b"HALF", rb"\ud800"),
+        "no JSON: ",
+    ),
     "with a ragged matrix": (
         changed(lambda one: one["isolation"]["readable"][0].pop()),
         r"a row and a column for each name - at `\$\.isolation`",
