@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A VM's memory out of a DRAM image, as its guest sees it, for the tools of others.
 
-The image is read, decrypted and written piece by piece, each in a thread of its own. Lines that
-were never written are zeros; pages that are not encrypted pass through; the output gets its name
-when it is complete, and if the keys fit.
+The image is read, decrypted and written piece by piece. Lines that were never written are zeros;
+pages that are not encrypted pass through; the output gets its name when it is complete, and if the
+keys fit.
 
 Does a key fit?
     Under a key with MACs, its lines' MACs tell: of a wrong key one matches in 2^28.
@@ -49,13 +49,13 @@ from mktme.engine.new_file import NewFile
 from mktme.engine.pages import runs_of_consecutive, runs_of_equal
 from mktme.engine.xts import LINE_BYTES, LINES_PER_PAGE, PAGE_BYTES
 
-PIECE_BYTES: Final = 1 << 20
+PIECE_BYTES: Final = 1 << 19
 """What is read, decrypted and written at a time."""
 SAMPLE_PAGES: Final = 4096
 """Most pages of a KeyID that are looked at to tell whether its key fits: 16 MiB."""
 
 _PLAINTEXT: Final = -1
-_PIECES_AHEAD: Final = 4
+_PIECES_BEHIND: Final = 4
 # Random lines match their MACs once in 2^28.
 _FIT_SHARE: Final = 1 / 256
 
@@ -231,7 +231,7 @@ class VmMemory:
                     yield _Piece(base, size_bytes, offset + moved, one.guest_physical + moved)
 
     def fetch(self, piece: _Piece, buffer: NDArray[np.uint8] | None = None) -> _Read:
-        """Read a piece, into a buffer if there is one for it; from any thread."""
+        """Read a piece, into a buffer if there is one for it."""
         data = np.empty(PIECE_BYTES, np.uint8) if buffer is None else buffer
         data = data[: piece.size_bytes]
         self._image.read_into(piece.base, data)
@@ -241,7 +241,7 @@ class VmMemory:
         return _Read(piece, data, entries)
 
     def decrypt(self, read: _Read) -> NDArray[np.uint8]:
-        """Decrypt a piece, in place, and count its bad lines; from one thread."""
+        """Decrypt a piece, in place, and count its bad lines."""
         for address, bad in self._decrypt(read):
             self.bad_lines += int(np.count_nonzero(bad))
             if self.first_bad is None:
@@ -465,39 +465,29 @@ def _stream(
 ) -> Generator[tuple[_Read, int], None, None]:
     """Read, decrypt, write; gives each piece, decrypted, and how many of its pages hold anything.
 
-    System calls, numpy's loops and AES run outside Python's global lock, so that a thread that
-    reads ahead and one that writes behind leave all of a core to the decryption.
+    A thread writes behind: the kernel takes about as long for new pages of a file as AES does for
+    their contents, and both leave Python's global lock to the other. To read takes a tenth of that
+    from the page cache, which is filled ahead by the kernel, and leaves the piece in this core's
+    own cache.
     """
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        pieces = memory.pieces(offsets)
-        reads: deque[Future[_Read]] = deque()
+    with ThreadPoolExecutor(1) as writer:
         writes: deque[Future[None]] = deque()
         # Used again, for the kernel takes longer to give a process new memory than to fill it.
-        buffers = deque(np.empty(PIECE_BYTES, np.uint8) for _ in range(2 * _PIECES_AHEAD + 1))
-
-        def read_ahead() -> None:
-            piece = next(pieces, None)
-            if piece is not None:
-                reads.append(reader.submit(memory.fetch, piece, buffers[0]))
-                buffers.rotate(-1)
-
+        buffers = deque(np.empty(PIECE_BYTES, np.uint8) for _ in range(_PIECES_BEHIND + 1))
         try:
-            for _ in range(_PIECES_AHEAD):
-                read_ahead()
-            while reads:
-                read = reads.popleft().result()
+            for piece in memory.pieces(offsets):
+                read = memory.fetch(piece, buffers[0])
                 data = memory.decrypt(read)
                 written = np.flatnonzero(_as_pages(data).any(axis=1))
                 yield read, len(written)
-                writes.append(writer.submit(_write, new, read.piece.offset, data, written))
-                if len(writes) > _PIECES_AHEAD:
+                writes.append(writer.submit(_write, new, piece.offset, data, written))
+                buffers.rotate(-1)
+                if len(writes) == _PIECES_BEHIND:
                     writes.popleft().result()
-                read_ahead()
             for write in writes:
                 write.result()
         finally:
-            for pool in (reader, writer):
-                pool.shutdown(cancel_futures=True)
+            writer.shutdown(cancel_futures=True)
 
 
 def _write(new: NewFile, offset: int, data: NDArray[np.uint8], written: NDArray[np.int64]) -> None:

@@ -133,11 +133,11 @@ class Captures:
                 capture.held.set_exception(CaptureError(problem))
         await capture.taken
 
-    def vms_released(self, number: int, pause_s: float | None) -> None:
+    def vms_released(self, number: int, pause_ns: int | None) -> None:
         """The VMs go on."""
         capture = self._known(number)
         if not capture.released.done():
-            capture.released.set_result(pause_s)
+            capture.released.set_result(None if pause_ns is None else pause_ns / 1e9)
 
     def cancel(self, number: int) -> None:
         """End one that nobody waits for any more; nothing is left of it."""

@@ -292,8 +292,9 @@ class EngineClient:
         self._call(request, wire.Done, FLUSH_TIMEOUT_S)
 
     def vms_released(self, capture: int, pause_s: float | None) -> None:
-        """Say that they go on; see `wire.VmsReleased`."""
-        self._call(wire.VmsReleased(capture=capture, pause_s=pause_s), wire.Done)
+        """Say that they go on, and how long they stood still; see `wire.VmsReleased`."""
+        pause_ns = None if pause_s is None else round(pause_s * 1e9)
+        self._call(wire.VmsReleased(capture=capture, pause_ns=pause_ns), wire.Done)
 
     def decrypt(
         self, keyid: int, address: int, data: bytes, entries: bytes | None = None

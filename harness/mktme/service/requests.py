@@ -98,8 +98,8 @@ class Requests:
                 return wire.CaptureStarted(capture=self._captures.start(path, uuids))
             case wire.VmsHeld(capture=number, problem=problem):
                 await self._captures.vms_held(number, problem)
-            case wire.VmsReleased(capture=number, pause_s=pause_s):
-                self._captures.vms_released(number, pause_s)
+            case wire.VmsReleased(capture=number, pause_ns=pause_ns):
+                self._captures.vms_released(number, pause_ns)
             case wire.CancelCapture(capture=number):
                 self._captures.cancel(number)
             case wire.DecryptLines():

@@ -227,11 +227,11 @@ class VmsReleased(_Command, frozen=True):
     """After `VmsHeld`: they go on.
 
     Attributes:
-        pause_s: how long they stood still, seconds; None if all of them did before already.
+        pause_ns: how long they stood still, nanoseconds; None if all of them did before already.
     """
 
     capture: int
-    pause_s: Annotated[float, msgspec.Meta(ge=0)] | None
+    pause_ns: Annotated[int, msgspec.Meta(ge=0)] | None
 
 
 class CancelCapture(_Command, frozen=True):

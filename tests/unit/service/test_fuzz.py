@@ -103,6 +103,8 @@ def strategy_of(kind: inspect.Type, name: str = "") -> st.SearchStrategy[Any]:
             )
         case inspect.NoneType():
             return st.none()
+        case inspect.VarTupleType(item_type=item):
+            return st.lists(strategy_of(item, name), max_size=3)
         case inspect.UnionType(types=types):
             return st.one_of(*(strategy_of(one, name) for one in types))
         case inspect.StructType(fields=fields, tag_field=tag_field, tag=tag):

@@ -49,7 +49,7 @@ REQUESTS: list[wire.Request] = [
     wire.WriteSidecar(),
     wire.StartCapture(path="/copy", vms=(VM,)),
     wire.VmsHeld(capture=1, problem="it is gone"),
-    wire.VmsReleased(capture=1, pause_s=0.25),
+    wire.VmsReleased(capture=1, pause_ns=250_000_000),
     wire.CancelCapture(capture=1),
     wire.DecryptLines(keyid=5, address=64, data=bytes(64), entries=bytes(4)),
     wire.ReadDram(address=4096, size_bytes=8192, keyid=0),
