@@ -20,7 +20,7 @@ from mktme.dump.cluster import Source
 from mktme.dump.diff import DiffReport, dump_diff
 from mktme.dump.image import DumpImage
 from mktme.dump.stats import StatsReport, dump_stats
-from mktme.engine.dram import sidecar_path, write_sidecar
+from mktme.engine.dram import SIDECAR_VERSION, sidecar_path, write_sidecar
 
 from .command import Mktme, runner
 from .dump.conftest import PAGE, VM_BASE, MakeImage, describe, make_image
@@ -144,7 +144,8 @@ def test_what_cannot_be_read(
     content = described.read_bytes()
     described.unlink()
     assert "nothing says how" in mktme("dump", *command, encrypted).said
-    described.write_bytes(content.replace(b'"version": 4', b'"version": 3'))
+    version = f'"version": {SIDECAR_VERSION}'.encode()
+    described.write_bytes(content.replace(version, b'"version": 3'))
     assert "sidecar version 3" in mktme("dump", *command, encrypted).said
     described.write_bytes(content)
     os.truncate(encrypted, PAGE)

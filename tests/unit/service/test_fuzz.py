@@ -161,6 +161,19 @@ def test_strategy_makes_every_request() -> None:
 # --- the engine, and what must be as before ---------------------------------------------------
 
 
+def in_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A request, or a part of one, with every text in it changed."""
+    match value:
+        case str():
+            return change(value)
+        case dict():
+            return {name: in_texts(one, change) for name, one in value.items()}
+        case list():
+            return [in_texts(one, change) for one in value]
+        case _:
+            return value
+
+
 class Target:
     """The engine under attack."""
 
@@ -171,24 +184,18 @@ class Target:
 
     def encode(self, request: dict[str, Any]) -> bytes:
         """A request, whose files are those of this test."""
-        named = {
-            name: value.replace("{files}", self._files).replace("{long}", "x/" * 3000)
-            if isinstance(value, str)
-            else value
-            for name, value in request.items()
-        }
-        # What cannot be encoded is a lone surrogate: then as it would be from elsewhere.
-        try:
-            return msgspec.msgpack.encode(named)
-        except UnicodeEncodeError:
-            return msgspec.msgpack.encode(
-                {
-                    name: value.encode("utf-8", "replace").decode()
-                    if isinstance(value, str)
-                    else value
-                    for name, value in named.items()
-                }
+        # A lone surrogate cannot be encoded: then as it would be from elsewhere.
+        return msgspec.msgpack.encode(
+            in_texts(
+                request,
+                lambda text: (
+                    text.replace("{files}", self._files)
+                    .replace("{long}", "x/" * 3000)
+                    .encode("utf-8", "replace")
+                    .decode()
+                ),
             )
+        )
 
     def exchange(self, data: bytes) -> list[wire.Reply]:
         """Send all this, and nothing more; returns all replies."""
