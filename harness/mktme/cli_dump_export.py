@@ -23,7 +23,7 @@ from mktme.vm.running import connected
 if TYPE_CHECKING:
     from mktme.dump.decrypt import DecryptReport
     from mktme.dump.info import InfoReport
-    from mktme.engine.dram import VmRecord
+    from mktme.engine.sidecar import VmRecord
 
 _KEY_HINT: Final = "--key-file FILE; or decrypt it while the platform that wrote it runs"
 

@@ -15,7 +15,7 @@ from mktme.cli_options import JsonOption, check_json
 from mktme.cli_output import make_table, out
 from mktme.dump.aes_keys import Form
 from mktme.dump.image import DumpError, DumpImage
-from mktme.engine.dram import sidecar_path
+from mktme.engine.sidecar import sidecar_path
 from mktme.proof.report import write_json
 from mktme.vm.host import UsageError
 from mktme.vm.sizes import parse_size

@@ -29,8 +29,10 @@ from mktme.dump.decrypt import VmMemory, decrypt
 from mktme.dump.formats import Format
 from mktme.dump.image import DumpImage
 from mktme.dump.keys import FileKeys
-from mktme.engine.dram import (
-    Dram,
+from mktme.engine.dram import Dram
+from mktme.engine.keys import KeyDescription, KeyMode
+from mktme.engine.line_key import LineKey
+from mktme.engine.sidecar import (
     GuestSegment,
     PageRange,
     PlatformRecord,
@@ -39,8 +41,6 @@ from mktme.engine.dram import (
     sidecar_path,
     write_sidecar,
 )
-from mktme.engine.keys import KeyDescription, KeyMode
-from mktme.engine.line_key import LineKey
 from mktme.engine.xts import Algorithm, XtsCipher
 
 MIB: Final = 1 << 20

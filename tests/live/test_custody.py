@@ -23,8 +23,8 @@ from typing import NoReturn, TypeVar
 import msgspec
 import pytest
 
-from mktme.engine.dram import read_sidecar
 from mktme.engine.secret import KeyMemory
+from mktme.engine.sidecar import read_sidecar
 from mktme.proof.custody import KeySearch, search_bytes, search_file, search_memory
 from mktme.proof.key_patterns import KeyPatterns
 from mktme.service import wire

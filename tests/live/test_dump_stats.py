@@ -13,8 +13,8 @@ from mktme.dump.diff import dump_diff
 from mktme.dump.drawing import Format, render
 from mktme.dump.pictures import Request, make_picture
 from mktme.dump.stats import StatsReport, Verdict, ZoneStats, dump_stats
-from mktme.engine.dram import sidecar_path
 from mktme.engine.keys import KeyMode
+from mktme.engine.sidecar import sidecar_path
 from mktme.proof.guest_ram import memory_of
 from mktme.pytest_plugin import vm_config
 from mktme.vm.platform import Platform, Vm

@@ -31,7 +31,7 @@ from mktme.dump.formats import Format
 from mktme.dump.image import DumpImage
 from mktme.dump.info import describe_image
 from mktme.dump.keys import EngineKeys, FileKeys
-from mktme.engine.dram import CaptureRecord
+from mktme.engine.sidecar import CaptureRecord
 from mktme.proof.guest_ram import ram_of
 from mktme.proof.transparency import run_workload
 from mktme.pytest_plugin import vm_config

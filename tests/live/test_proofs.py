@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from mktme.engine.dram import read_sidecar
+from mktme.engine.sidecar import read_sidecar
 from mktme.proof.confidentiality import Canary, search_dram
 from mktme.proof.guest_ram import ram_of
 from mktme.proof.isolation import canary_subject, isolation_matrix

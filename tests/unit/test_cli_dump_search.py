@@ -18,7 +18,8 @@ from mktme.cli import ExitCode
 from mktme.dump.aes_keys import Form
 from mktme.dump.image import DumpImage
 from mktme.dump.search import FoundKey, Hit, SearchReport
-from mktme.engine.dram import Dram, sidecar_path, write_sidecar
+from mktme.engine.dram import Dram
+from mktme.engine.sidecar import sidecar_path, write_sidecar
 
 from .command import Mktme, Result, runner
 from .dump.conftest import DRAM_BYTES, VM_BASE, describe

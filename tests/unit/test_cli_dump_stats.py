@@ -20,7 +20,7 @@ from mktme.dump.cluster import Source
 from mktme.dump.diff import DiffReport, dump_diff
 from mktme.dump.image import DumpImage
 from mktme.dump.stats import StatsReport, dump_stats
-from mktme.engine.dram import SIDECAR_VERSION, sidecar_path, write_sidecar
+from mktme.engine.sidecar import SIDECAR_VERSION, sidecar_path, write_sidecar
 
 from .command import Mktme, runner
 from .dump.conftest import PAGE, VM_BASE, MakeImage, describe, make_image

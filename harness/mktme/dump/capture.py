@@ -10,7 +10,7 @@ from typing import Literal
 from uuid import UUID
 
 from mktme.dump.image import DumpError
-from mktme.engine.dram import CaptureRecord, sidecar_path
+from mktme.engine.sidecar import CaptureRecord, sidecar_path
 from mktme.service.client import EngineClient
 
 

@@ -44,9 +44,10 @@ from mktme.dump.formats import (
 )
 from mktme.dump.image import DumpError, DumpImage
 from mktme.dump.keys import Keys
-from mktme.engine.dram import MAC_BYTES_OF, GuestSegment, VmRecord, mac_path
+from mktme.engine.dram import MAC_BYTES_OF, mac_path
 from mktme.engine.new_file import NewFile
 from mktme.engine.pages import runs_of_consecutive, runs_of_equal
+from mktme.engine.sidecar import GuestSegment, VmRecord
 from mktme.engine.xts import LINE_BYTES, LINES_PER_PAGE, PAGE_BYTES
 
 PIECE_BYTES: Final = 1 << 19

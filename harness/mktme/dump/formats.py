@@ -26,7 +26,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mktme.engine.dram import GuestSegment
+from mktme.engine.sidecar import GuestSegment
 from mktme.engine.xts import PAGE_BYTES
 
 _LIME_MAGIC: Final = 0x4C694D45

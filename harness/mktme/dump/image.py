@@ -17,17 +17,10 @@ from typing import Final, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from mktme.engine.dram import (
-    ModuleRecord,
-    Region,
-    Sidecar,
-    VmRecord,
-    mac_path,
-    read_sidecar,
-    sidecar_path,
-)
+from mktme.engine.dram import Region, mac_path
 from mktme.engine.errors import AddressError, DramError, MktmeError
 from mktme.engine.keys import KeyDescription
+from mktme.engine.sidecar import ModuleRecord, Sidecar, VmRecord, read_sidecar, sidecar_path
 from mktme.engine.xts import PAGE_BYTES
 
 CHUNK_BYTES: Final = 4 << 20

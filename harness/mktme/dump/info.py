@@ -10,8 +10,9 @@ from uuid import UUID
 import numpy as np
 
 from mktme.dump.image import DumpError, DumpImage
-from mktme.engine.dram import CaptureRecord, GuestSegment, Region, mac_path
+from mktme.engine.dram import Region, mac_path
 from mktme.engine.keys import KeyMode
+from mktme.engine.sidecar import CaptureRecord, GuestSegment
 from mktme.engine.snapshot import ContentsDigest
 from mktme.engine.xts import PAGE_BYTES, Algorithm
 

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mktme.dump.image import DumpError, DumpImage
-from mktme.engine.dram import VmRecord
 from mktme.engine.errors import KeyMaterialError
 from mktme.engine.keys import read_key_file
 from mktme.engine.line_key import LineKey, words_of
+from mktme.engine.sidecar import VmRecord
 from mktme.engine.xts import LINE_BYTES, wipe
 from mktme.service import wire
 from mktme.service.client import EngineClient

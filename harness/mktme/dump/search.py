@@ -19,7 +19,7 @@ from typing import Final, Literal, NamedTuple
 from mktme.dump.aes_keys import Form, xts_partners
 from mktme.dump.image import CHUNK_BYTES, DumpImage
 from mktme.dump.patterns import Match, Searcher, Window
-from mktme.engine.dram import Sidecar
+from mktme.engine.sidecar import Sidecar
 
 DEFAULT_LIMIT: Final = 100
 

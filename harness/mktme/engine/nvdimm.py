@@ -17,16 +17,15 @@ from typing import Final, Literal, Self
 
 import msgspec
 
-from mktme.engine.dram import (
+from mktme.engine.dram import Dram, mac_path
+from mktme.engine.errors import DramError
+from mktme.engine.sidecar import (
     NEVER_WRITTEN_RULE,
-    Dram,
     IntegrityRecord,
-    mac_path,
     read_description,
     sidecar_path,
     write_sidecar,
 )
-from mktme.engine.errors import DramError
 from mktme.engine.xts import LINE_BYTES, PAGE_BYTES, Algorithm
 
 _SCHEMA: Final = "mktme-nvdimm"

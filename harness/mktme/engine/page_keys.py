@@ -13,11 +13,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mktme.engine.dram import Dram, PageRange, Region
+from mktme.engine.dram import Dram, Region
 from mktme.engine.errors import AddressError, KeyIdError
 from mktme.engine.integrity import LineMacs
 from mktme.engine.keys import KeyTable
 from mktme.engine.pages import runs_of_equal
+from mktme.engine.sidecar import PageRange
 from mktme.engine.tme import ExclusionRange
 from mktme.engine.xts import PAGE_BYTES, XtsCipher
 

@@ -207,7 +207,7 @@ class Snapshot:
 
 
 class ContentsDigest:
-    """A digest of a file, whatever of it is holes: `mktme.engine.dram.CONTENTS_RULE`."""
+    """A digest of a file, whatever of it is holes: `mktme.engine.sidecar.CONTENTS_RULE`."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()

@@ -22,18 +22,16 @@ from uuid import UUID
 import msgspec
 import numpy as np
 
-from mktme.engine.dram import (
-    CaptureRecord,
-    Dram,
-    IntegrityRecord,
-    Region,
-    Sidecar,
-    encode_sidecar,
-    mac_path,
-    sidecar_path,
-)
+from mktme.engine.dram import Dram, Region, mac_path
 from mktme.engine.errors import MktmeError
 from mktme.engine.new_file import NewFile, publish
+from mktme.engine.sidecar import (
+    CaptureRecord,
+    IntegrityRecord,
+    Sidecar,
+    encode_sidecar,
+    sidecar_path,
+)
 from mktme.engine.snapshot import ContentsDigest, Snapshot
 from mktme.engine.sparse_file import SparseFile
 from mktme.service import wire

@@ -23,12 +23,12 @@ import numpy.typing as npt
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
 from mktme.datapath.window import Policy
-from mktme.engine.dram import CaptureRecord
 from mktme.engine.errors import MktmeError
 from mktme.engine.firmware import PlatformConfig
 from mktme.engine.keys import KeyMode
 from mktme.engine.package import PowerEvent
 from mktme.engine.pconfig import Status
+from mktme.engine.sidecar import CaptureRecord
 from mktme.engine.tme import IA32_TME_CAPABILITY
 from mktme.engine.xts import Algorithm
 from mktme.service import wire

@@ -14,13 +14,14 @@ import numpy as np
 from mktme.datapath.inline import InlineDataPath
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
-from mktme.engine.dram import REGION_ALIGN_BYTES, Dram, Region, sidecar_path, write_sidecar
+from mktme.engine.dram import REGION_ALIGN_BYTES, Dram, Region
 from mktme.engine.errors import AddressError, MktmeError
 from mktme.engine.firmware import PlatformConfig
 from mktme.engine.integrity import ENTRY_BYTES
 from mktme.engine.line_key import LineKey
 from mktme.engine.nvdimm import Nvdimm
 from mktme.engine.package import Package, PowerEvent
+from mktme.engine.sidecar import sidecar_path, write_sidecar
 from mktme.engine.xts import LINE_BYTES, PAGE_BYTES, Algorithm
 from mktme.service import wire
 from mktme.service.captures import Captures

@@ -20,21 +20,19 @@ from mktme.datapath.link import VmLink
 from mktme.datapath.shadow import DrainPacer, ShadowDataPath, Track
 from mktme.datapath.window import Policy
 from mktme.engine.controller import MemoryController
-from mktme.engine.dram import (
-    Dram,
+from mktme.engine.dram import Dram, Region, mac_path
+from mktme.engine.nvdimm import Nvdimm
+from mktme.engine.package import Package
+from mktme.engine.pages import first_line
+from mktme.engine.sidecar import (
     ExclusionRecord,
     GuestSegment,
     IntegrityRecord,
     ModuleRecord,
     PlatformRecord,
-    Region,
     Sidecar,
     VmRecord,
-    mac_path,
 )
-from mktme.engine.nvdimm import Nvdimm
-from mktme.engine.package import Package
-from mktme.engine.pages import first_line
 from mktme.engine.xts import LINE_BYTES, PAGE_BYTES
 from mktme.service import wire
 

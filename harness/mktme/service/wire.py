@@ -22,12 +22,12 @@ import msgspec
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
 from mktme.datapath.window import Policy
-from mktme.engine.dram import CaptureRecord, GuestSegment, PageRange
 from mktme.engine.errors import MktmeError
 from mktme.engine.firmware import PlatformConfig, PlatformConfigError
 from mktme.engine.integrity import Violation
 from mktme.engine.keys import KeyMode
 from mktme.engine.package import PowerEvent
+from mktme.engine.sidecar import CaptureRecord, GuestSegment, PageRange
 from mktme.engine.xts import Algorithm
 from mktme.service.custody import Custody
 

@@ -15,7 +15,7 @@ from typing import Any, Final, Self
 import libvirt
 import libvirt_qemu
 
-from mktme.engine.dram import GuestSegment
+from mktme.engine.sidecar import GuestSegment
 from mktme.vm.bypass import refuse_bypasses
 from mktme.vm.console import Console, GuestPanicError, VmError, VmLostError
 from mktme.vm.domain_xml import DomainSpec, device_of, domain_xml

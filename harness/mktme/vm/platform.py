@@ -34,9 +34,9 @@ from typing import Final, Self
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
 from mktme.datapath.uffd import require_fault_handling, require_write_tracking
-from mktme.engine.dram import CaptureRecord
 from mktme.engine.firmware import PlatformConfig
 from mktme.engine.pages import first_line
+from mktme.engine.sidecar import CaptureRecord
 from mktme.engine.xts import LINE_BYTES
 from mktme.service import wire
 from mktme.service.client import (

@@ -14,10 +14,10 @@ from typing import Any, Final
 import msgspec
 
 from mktme.engine import firmware
-from mktme.engine.dram import ExclusionRecord, read_sidecar
 from mktme.engine.errors import DramError, KeyMaterialError
 from mktme.engine.firmware import PlatformConfig, PlatformConfigError
 from mktme.engine.keys import KeyTable, read_key_file
+from mktme.engine.sidecar import ExclusionRecord, read_sidecar
 from mktme.engine.tme import Tme
 from mktme.engine.xts import Algorithm
 from mktme.service.platform_file import read_platform

@@ -9,8 +9,9 @@ from uuid import UUID
 
 import pytest
 
-from mktme.engine.dram import (
-    Dram,
+from mktme.engine.dram import Dram
+from mktme.engine.keys import KeyDescription, KeyMode
+from mktme.engine.sidecar import (
     GuestSegment,
     PageRange,
     PlatformRecord,
@@ -19,7 +20,6 @@ from mktme.engine.dram import (
     sidecar_path,
     write_sidecar,
 )
-from mktme.engine.keys import KeyDescription, KeyMode
 from mktme.engine.xts import Algorithm
 
 PAGE = 4096

@@ -8,7 +8,7 @@ from random import Random
 
 import msgspec
 
-from mktme.engine.dram import GuestSegment, Sidecar
+from mktme.engine.sidecar import GuestSegment, Sidecar
 
 from ...vectors import reference
 from .conftest import PAGE, VM_BASE, describe

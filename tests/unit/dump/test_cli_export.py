@@ -17,8 +17,8 @@ from mktme.datapath.shadow import Track
 from mktme.dump.capture import CaptureReport
 from mktme.dump.decrypt import DecryptReport
 from mktme.dump.info import InfoReport
-from mktme.engine.dram import sidecar_path
 from mktme.engine.keys import KeyMode
+from mktme.engine.sidecar import sidecar_path
 from mktme.engine.xts import Algorithm
 from mktme.proof.schema import DOCUMENTS
 from mktme.service import wire

@@ -29,19 +29,19 @@ from mktme.dump.decrypt import (
 from mktme.dump.formats import Format
 from mktme.dump.image import DumpChangedError, DumpError, DumpImage
 from mktme.dump.keys import FileKeys
-from mktme.engine.dram import (
+from mktme.engine.dram import mac_path
+from mktme.engine.errors import KeyMaterialError, OutputError, OutputExistsError
+from mktme.engine.keys import KeyDescription, KeyMode
+from mktme.engine.line_key import LineKey
+from mktme.engine.sidecar import (
     ExclusionRecord,
     IntegrityRecord,
     ModuleRecord,
     PageRange,
     Sidecar,
-    mac_path,
     sidecar_path,
     write_sidecar,
 )
-from mktme.engine.errors import KeyMaterialError, OutputError, OutputExistsError
-from mktme.engine.keys import KeyDescription, KeyMode
-from mktme.engine.line_key import LineKey
 from mktme.engine.xts import Algorithm
 
 from ...vectors import reference

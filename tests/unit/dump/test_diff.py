@@ -12,7 +12,7 @@ import pytest
 from mktme.dump.cluster import Source, Workers
 from mktme.dump.diff import Change, DiffReport, Return, ZoneDiff, dump_diff
 from mktme.dump.image import DumpChangedError, DumpError
-from mktme.engine.dram import PageRange
+from mktme.engine.sidecar import PageRange
 
 from .conftest import DRAM_BYTES, PAGE, VM_BASE, VM_KEYID, MakeImage, describe
 from .contents import KEY, encrypt, prose

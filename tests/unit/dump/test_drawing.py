@@ -21,7 +21,7 @@ from mktme.dump.cluster import Source
 from mktme.dump.drawing import Format, picture_png, picture_svg, render
 from mktme.dump.pictures import Request, make_picture
 from mktme.dump.pixels import Order, What
-from mktme.engine.dram import PageRange
+from mktme.engine.sidecar import PageRange
 
 from .conftest import DRAM_BYTES, PAGE, VM_BASE, MakeImage, describe
 from .contents import prose

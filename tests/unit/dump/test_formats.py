@@ -21,7 +21,7 @@ from mktme.dump.formats import (
     parse_vmcoreinfo,
     vmcoreinfo_pages,
 )
-from mktme.engine.dram import GuestSegment
+from mktme.engine.sidecar import GuestSegment
 
 PAGE = 4096
 LOW, HIGH = 0x10000, 1 << 32

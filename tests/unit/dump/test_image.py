@@ -12,15 +12,9 @@ import numpy as np
 import pytest
 
 from mktme.dump.image import CHUNK_BYTES, DumpChangedError, DumpError, DumpImage
-from mktme.engine.dram import (
-    IntegrityRecord,
-    ModuleRecord,
-    PageRange,
-    Region,
-    mac_path,
-    sidecar_path,
-)
+from mktme.engine.dram import Region, mac_path
 from mktme.engine.errors import AddressError
+from mktme.engine.sidecar import IntegrityRecord, ModuleRecord, PageRange, sidecar_path
 
 from .conftest import DRAM_BYTES, PAGE, VM_BASE, VM_BYTES, VM_KEYID, VM_UUID, MakeImage, describe
 

@@ -11,11 +11,11 @@ import pytest
 
 from mktme.dump.image import DumpError, DumpImage
 from mktme.dump.info import describe_image
-from mktme.engine.dram import (
+from mktme.engine.dram import mac_path
+from mktme.engine.sidecar import (
     CaptureRecord,
     IntegrityRecord,
     PageRange,
-    mac_path,
     sidecar_path,
     write_sidecar,
 )

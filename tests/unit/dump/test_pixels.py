@@ -17,7 +17,7 @@ from mktme.dump.cluster import HERE, Source, Workers
 from mktme.dump.image import DumpError, DumpImage
 from mktme.dump.pictures import Request, make_picture
 from mktme.dump.pixels import MAX_SIDE, Layout, Order, View, What, hilbert
-from mktme.engine.dram import GuestSegment
+from mktme.engine.sidecar import GuestSegment
 
 from .conftest import DRAM_BYTES, PAGE, VM_BASE, VM_BYTES, VM_KEYID, MakeImage, describe
 from .contents import prose

@@ -23,8 +23,8 @@ from mktme.dump.aes_keys import Form
 from mktme.dump.image import CHUNK_BYTES, DumpChangedError, DumpImage
 from mktme.dump.patterns import MAX_MATCH_BYTES, Pattern, PatternError, Searcher
 from mktme.dump.search import SearchReport, search
-from mktme.engine.dram import GuestSegment
 from mktme.engine.errors import MktmeError
+from mktme.engine.sidecar import GuestSegment
 
 from .conftest import PAGE, VM_BASE, VM_BYTES, VM_KEYID, MakeImage, describe
 from .key_schedules import linux_context, schedule

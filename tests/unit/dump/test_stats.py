@@ -17,8 +17,9 @@ from mktme.dump.cluster import HERE, Source, Workers, fold, read_pages
 from mktme.dump.image import DumpChangedError, DumpError, DumpImage
 from mktme.dump.stats import StatsReport, Verdict, ZoneStats, dump_stats, merge_tallies
 from mktme.dump.zones import EXCLUDED, Zones
-from mktme.engine.dram import ExclusionRecord, ModuleRecord, PageRange, Region, sidecar_path
+from mktme.engine.dram import Region
 from mktme.engine.keys import KeyDescription, KeyMode
+from mktme.engine.sidecar import ExclusionRecord, ModuleRecord, PageRange, sidecar_path
 from mktme.engine.xts import Algorithm
 
 from .conftest import DRAM_BYTES, PAGE, VM_BASE, VM_BYTES, VM_KEYID, MakeImage, describe

@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mktme.engine.controller import BATCH_PAGES, MemoryController
-from mktme.engine.dram import (
-    Dram,
+from mktme.engine.dram import Dram
+from mktme.engine.errors import AddressError, DramFullError, KeyIdError
+from mktme.engine.keys import KeyTable
+from mktme.engine.sidecar import (
     PageRange,
     PlatformRecord,
     Sidecar,
@@ -27,8 +29,6 @@ from mktme.engine.dram import (
     sidecar_path,
     write_sidecar,
 )
-from mktme.engine.errors import AddressError, DramFullError, KeyIdError
-from mktme.engine.keys import KeyTable
 from mktme.engine.tme import ExclusionRange
 from mktme.engine.xts import Algorithm
 

@@ -18,22 +18,20 @@ import msgspec
 import numpy as np
 import pytest
 
-from mktme.engine.dram import (
-    Dram,
+from mktme.engine.dram import Dram, Region, mac_path
+from mktme.engine.errors import AddressError, DramError, DramFullError
+from mktme.engine.keys import KeyDescription, KeyMode
+from mktme.engine.sidecar import (
     GuestSegment,
     IntegrityRecord,
     PageRange,
     PlatformRecord,
-    Region,
     Sidecar,
     VmRecord,
-    mac_path,
     read_sidecar,
     sidecar_path,
     write_sidecar,
 )
-from mktme.engine.errors import AddressError, DramError, DramFullError
-from mktme.engine.keys import KeyDescription, KeyMode
 from mktme.engine.xts import Algorithm
 
 MIB = 1 << 20

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mktme.engine.dram import Dram, Region, mac_path, sidecar_path
+from mktme.engine.dram import Dram, Region, mac_path
 from mktme.engine.errors import AddressError, DramError, DramFullError
 from mktme.engine.nvdimm import Nvdimm
+from mktme.engine.sidecar import sidecar_path
 from mktme.engine.xts import PAGE_BYTES, Algorithm
 
 MIB = 1 << 20

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mktme.engine.dram import Dram, PageRange
+from mktme.engine.dram import Dram
 from mktme.engine.errors import AddressError, KeyIdError, KeyMaterialError
 from mktme.engine.firmware import Exclusion, FirmwareError, PlatformConfig
 from mktme.engine.package import Package, PconfigError, PowerEvent
 from mktme.engine.pconfig import Command, Status
+from mktme.engine.sidecar import PageRange
 from mktme.engine.tme import GeneralProtection, Revision
 from mktme.engine.xts import Algorithm
 

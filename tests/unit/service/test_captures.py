@@ -17,8 +17,9 @@ import pytest
 
 from mktme.datapath.shadow import Track
 from mktme.dump.image import DumpImage
-from mktme.engine.dram import CaptureRecord, Dram, Region, mac_path, sidecar_path
+from mktme.engine.dram import Dram, Region, mac_path
 from mktme.engine.keys import KeyMode
+from mktme.engine.sidecar import CaptureRecord, sidecar_path
 from mktme.engine.snapshot import ContentsDigest
 from mktme.engine.xts import Algorithm
 from mktme.service import captures, wire

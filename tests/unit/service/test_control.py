@@ -20,9 +20,9 @@ import msgspec
 import pytest
 
 from mktme.datapath.shadow import Track
-from mktme.engine.dram import PageRange, read_sidecar
 from mktme.engine.firmware import PlatformConfig
 from mktme.engine.keys import KeyMode
+from mktme.engine.sidecar import PageRange, read_sidecar
 from mktme.engine.xts import Algorithm
 from mktme.service import wire
 from mktme.service.client import (

@@ -13,11 +13,11 @@ import pytest
 
 from mktme.datapath.shadow import Track
 from mktme.engine import tme
-from mktme.engine.dram import read_sidecar
 from mktme.engine.firmware import Exclusion, PlatformConfig
 from mktme.engine.keys import KeyMode
 from mktme.engine.package import PowerEvent
 from mktme.engine.pconfig import Command, Status, encode
+from mktme.engine.sidecar import read_sidecar
 from mktme.engine.xts import Algorithm
 from mktme.service import wire
 from mktme.service.client import EngineClient, EngineProcess, EngineRefusedError

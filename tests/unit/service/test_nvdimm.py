@@ -18,10 +18,10 @@ import pytest
 
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
-from mktme.engine.dram import read_sidecar, sidecar_path
 from mktme.engine.firmware import Exclusion, PlatformConfig
 from mktme.engine.keys import KeyMode
 from mktme.engine.package import PowerEvent
+from mktme.engine.sidecar import read_sidecar, sidecar_path
 from mktme.engine.xts import Algorithm
 from mktme.service import wire
 from mktme.service.client import EngineProcess, EngineRefusedError

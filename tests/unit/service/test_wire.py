@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import ShadowCounters, Track
 from mktme.datapath.window import Policy
-from mktme.engine.dram import CaptureRecord, GuestSegment, PageRange
 from mktme.engine.firmware import Exclusion, PlatformConfig
 from mktme.engine.integrity import Violation
 from mktme.engine.keys import KeyMode
 from mktme.engine.package import PowerEvent
 from mktme.engine.secret import KeyMemory
+from mktme.engine.sidecar import CaptureRecord, GuestSegment, PageRange
 from mktme.engine.xts import Algorithm
 from mktme.service import wire
 from mktme.service.custody import Custody

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from mktme.engine.dram import CaptureRecord
+from mktme.engine.sidecar import CaptureRecord
 from mktme.service import wire
 from mktme.service.client import EngineClient, EngineGoneError, EngineRefusedError
 from mktme.vm.console import VmError

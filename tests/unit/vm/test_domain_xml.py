@@ -14,7 +14,7 @@ from typing import cast
 
 import pytest
 
-from mktme.engine.dram import GuestSegment
+from mktme.engine.sidecar import GuestSegment
 from mktme.vm.bypass import BypassError, refuse_bypasses
 from mktme.vm.console import VmError
 from mktme.vm.domain import Domain
