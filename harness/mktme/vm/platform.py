@@ -678,7 +678,7 @@ class Platform:
                     for domain in domains:
                         if domain is None:
                             raise VmError("a VM is not up yet, or not any more: try again")
-                        if not domain.is_paused:
+                        if not domain.stands_still:
                             started = time.monotonic() if started is None else started
                         stack.enter_context(domain.paused())
                     self.engine.vms_held(event.capture)
