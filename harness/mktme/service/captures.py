@@ -188,7 +188,11 @@ class Captures:
             sidecar, captured_at = await self._take(capture, snapshot)
             for _ in snapshot.copy():
                 await asyncio.sleep(0)
-            pause_s = await self._answer(capture.released) if capture.held.done() else None
+            pause_s = (
+                await _answer(capture.released, "let the VMs go on")
+                if capture.held.done()
+                else None
+            )
             has_macs = sidecar.integrity is not None or self._dram.has_macs
             record = CaptureRecord(
                 captured_at=captured_at,
@@ -219,7 +223,7 @@ class Captures:
             self._announce(
                 wire.HoldVms(capture=capture.number, vms=tuple(vm.uuid for vm in linked))
             )
-            await self._answer(capture.held)
+            await _answer(capture.held, "held the VMs")
         async with self._still:
             for vm in linked:
                 await self._drains.flush(vm)
@@ -237,15 +241,17 @@ class Captures:
         # What has an image of its own is in the copy.
         return msgspec.structs.replace(sidecar, modules=()), now
 
-    async def _answer(self, future: asyncio.Future[_T]) -> _T:
-        try:
-            async with asyncio.timeout(HOLD_TIMEOUT_S):
-                return await asyncio.shield(future)
-        except TimeoutError:
-            raise CaptureError(
-                f"nobody held the VMs within {HOLD_TIMEOUT_S:g} s",
-                hint="who started the platform does, unless it hangs",
-            ) from None
+
+async def _answer(future: asyncio.Future[_T], what: str) -> _T:
+    """Wait for whoever runs the VMs; `what` is what it is to say that it did."""
+    try:
+        async with asyncio.timeout(HOLD_TIMEOUT_S):
+            return await asyncio.shield(future)
+    except TimeoutError:
+        raise CaptureError(
+            f"nobody {what} within {HOLD_TIMEOUT_S:g} s",
+            hint="who started the platform does, unless it hangs",
+        ) from None
 
 
 def _future() -> asyncio.Future[Any]:

@@ -16,7 +16,7 @@ import pytest
 
 from mktme.engine.sidecar import CaptureRecord
 from mktme.service import wire
-from mktme.service.client import EngineClient, EngineGoneError, EngineRefusedError
+from mktme.service.client import EngineClient, EngineGoneError, EngineRefusedError, ServiceError
 from mktme.vm import domain as domain_module
 from mktme.vm.console import VmLostError
 from mktme.vm.domain import Domain
@@ -39,10 +39,11 @@ RECORD = CaptureRecord(
 class FakeGuest:
     """libvirt's side of a guest: whether it runs, and what was asked of it.
 
-    `late` is waited for before its vCPUs stop.
+    `late` is waited for before its vCPUs stop; `refusals` is how often it does not go on.
     """
 
     def __init__(self, state: int, *, stuck: bool) -> None:
+        self.refusals = 0
         self._state = state
         self._stuck = stuck
         self.asked: list[str] = []
@@ -63,8 +64,14 @@ class FakeGuest:
         self.asked.append("suspend")
         self._state = libvirt.VIR_DOMAIN_PAUSED
 
+    def isActive(self) -> int:  # noqa: N802
+        return 1
+
     def resume(self) -> None:
         self.asked.append("resume")
+        if self.refusals:
+            self.refusals -= 1
+            raise libvirt.libvirtError("no lock")
         self._state = libvirt.VIR_DOMAIN_RUNNING
 
 
@@ -86,6 +93,7 @@ class FakeEngine:
         self.events: queue.SimpleQueue[wire.Event | None] = queue.SimpleQueue()
         self.told: list[tuple[Any, ...]] = []
         self.cancelled: list[int] = []
+        self.ends: list[wire.Event | None] = []
         self._taken = taken
         self.released = threading.Event()
 
@@ -99,6 +107,8 @@ class FakeEngine:
         self.released.set()
 
     def start_capture(self, _path: Path, _vms: list[uuid.UUID]) -> int:
+        for event in self.ends:
+            self.events.put(event)
         return 7
 
     def cancel_capture(self, capture: int) -> None:
@@ -160,6 +170,40 @@ def test_one_that_cannot_be_held(platform: Platform, second: str) -> None:
     (_, number, problem) = engine.told[0]
     assert number == 3
     assert ("did not stop" if second == "stuck" else "not up yet") in problem
+
+
+@pytest.mark.parametrize("refusals", [1, 2])
+def test_one_that_does_not_go_on(refusals: int, caplog: pytest.LogCaptureFixture) -> None:
+    """It is tried once more, and then the user is told; the other goes on, and so the engine."""
+    notices: list[str] = []
+    platform, engine = Platform(1 << 30, notice=notices.append), FakeEngine()
+    alice, bob = domain_of(), domain_of()
+    bob.guest.refusals = refusals
+    watched(platform, engine, alice=alice, bob=bob)
+    engine.events.put(wire.HoldVms(capture=3, vms=(ALICE, BOB)))
+    assert engine.released.wait(20)
+    engine.events.put(None)
+    assert not alice.guest.paused
+    assert bob.guest.asked == ["suspend", "resume", "resume"]
+    assert bob.guest.paused == (refusals == 2)
+    assert [told[0] for told in engine.told] == ["held", "released"]
+    assert len(caplog.messages) == refusals
+    assert len(notices) == refusals - 1
+    assert all("does not go on after a capture" in one for one in caplog.messages + notices)
+
+
+def test_engine_that_does_not_answer_in_time(platform: Platform) -> None:
+    """Guests go on, and it is told so: it may have its copy."""
+
+    def silent() -> None:
+        raise ServiceError("the engine did not answer VmsHeld in 300 s")
+
+    alice, engine = domain_of(), FakeEngine(silent)
+    watched(platform, engine, alice=alice)
+    engine.events.put(wire.HoldVms(capture=3, vms=(ALICE,)))
+    assert engine.released.wait(20)
+    assert not alice.guest.paused
+    assert [told[0] for told in engine.told] == ["held", "released"]
 
 
 def test_holds_within_each_other() -> None:
@@ -253,17 +297,28 @@ def test_vcpus_that_stop_too_late_are_stopped_anew(monkeypatch: pytest.MonkeyPat
 def test_capture_is_waited_for(platform: Platform, tmp_path: Path) -> None:
     engine = FakeEngine()
     watched(platform, engine)
-    engine.events.put(wire.CaptureDone(capture=7, path="/c", record=RECORD))
+    engine.ends = [
+        wire.CaptureDone(capture=6, path="/others", record=RECORD),
+        wire.CaptureDone(capture=7, path="/c", record=RECORD),
+    ]
     assert platform.capture(tmp_path / "c") == RECORD
-    engine.events.put(
-        wire.CaptureFailed(capture=7, error="OutputError", message="full", hint="space")
-    )
+    engine.ends = [wire.CaptureFailed(capture=7, error="OutputError", message="full", hint="space")]
     with pytest.raises(EngineRefusedError, match="full") as caught:
         platform.capture(tmp_path / "c")
     assert (caught.value.error, caught.value.hint) == ("OutputError", "space")
-    engine.events.put(None)
+    engine.ends = [None]
     with pytest.raises(EngineGoneError):
         platform.capture(tmp_path / "c")
+    assert platform._captured == {}
+
+
+def test_captures_of_others_are_forgotten(platform: Platform) -> None:
+    engine = FakeEngine()
+    watched(platform, engine, alice=domain_of())
+    engine.events.put(wire.CaptureDone(capture=6, path="/others", record=RECORD))
+    engine.events.put(wire.HoldVms(capture=7, vms=(ALICE,)))
+    assert engine.released.wait(20)
+    assert platform._captured == {}
 
 
 def test_capture_that_is_interrupted_is_cancelled(
