@@ -2,8 +2,11 @@
 """A copy of DRAM as it is at one moment, while it goes on being written.
 
 Where the file system can share blocks between files (btrfs, XFS), the copy is made of DRAM's own
-blocks: ioctl_ficlonerange(2). Elsewhere it is copy-on-write in here: at that moment it is noted
-which pages hold anything, which takes as long as to ask the file system for holes. From then on
+blocks: ioctl_ficlonerange(2). That first writes back what the page cache has of them, and nobody
+writes DRAM until it is done; so most of that is written back before the moment (`prepare`).
+
+Elsewhere it is copy-on-write in here: at that moment it is noted which pages hold anything, which
+takes as long as to ask the file system for holes. From then on
 each write to DRAM first saves the pages under it that are not copied yet (`Dram.before_write`),
 and `Snapshot.copy` copies the rest bit by bit.
 
@@ -62,7 +65,7 @@ class Snapshot:
 
     Attributes:
         image, macs: the copies.
-        method: how they come about; only known when `begin` has returned.
+        method: how they come about; when `prepare` has returned, how they probably will.
         data_bytes: how much DRAM held, pages with anything in them.
         saved_bytes: how much of that was about to be written before it was copied.
     """
@@ -70,12 +73,10 @@ class Snapshot:
     def __init__(self, dram: Dram, path: Path, regions: tuple[Region, ...]) -> None:
         self._dram = dram
         self._regions = regions
-        self._files = self._files_now()
         self._pending = np.zeros(0, np.bool_)
         self._buffer = np.empty((COPY_PAGES, PAGE_BYTES // 8), np.uint64)
         self._entries = np.empty(COPY_PAGES * PAGE_BYTES // MAC_BYTES_OF, np.uint8)
         self._failure: MktmeError | None = None
-        self.method = CopyMethod.COPY_ON_WRITE
         self.data_bytes = 0
         self.saved_bytes = 0
         self.image = NewFile(path, dram.size_bytes)
@@ -84,14 +85,24 @@ class Snapshot:
         except BaseException:
             self.image.close()
             raise
+        self._files = self._files_now()
+        self.method = CopyMethod.COPY_ON_WRITE
 
-    def rehearse(self) -> None:
-        """Do before guests are stopped what then takes no time any more; in a thread of its own.
+    def prepare(self) -> None:
+        """Write back, before guests are stopped, what `begin` would; in a thread of its own.
 
-        A reflink writes back what DRAM's file has in the page cache first. Whether it can be done
-        at all is known when it was done once.
+        Guests and engine go on meanwhile, and what they write then is left to `begin`.
+
+        Raises:
+            DramError: DRAM cannot be written back.
         """
-        if self._clone(self._files):
+        # First the copies, which is asked in no time: a reflink of none of DRAM, too, has btrfs
+        # write back all of it (filemap_flush), with the file locked.
+        if not _can_share(self.macs.fd, self.image.fd):
+            return
+        for source in self._files:
+            source.file.write_back(source.offset, source.size_bytes)
+        if all(_can_share(source.file.fd, self.image.fd) for source in self._files):
             self.method = CopyMethod.REFLINK
 
     def begin(self) -> None:
@@ -100,8 +111,8 @@ class Snapshot:
         Raises:
             DramError: DRAM cannot be read.
         """
-        if self.method is CopyMethod.REFLINK and not self._clone(self._files_now()):
-            self.method = CopyMethod.COPY_ON_WRITE
+        shared = self.method is CopyMethod.REFLINK and self._share()
+        self.method = CopyMethod.REFLINK if shared else CopyMethod.COPY_ON_WRITE
         pending = np.zeros(self._dram.size_bytes // PAGE_BYTES, np.bool_)
         for region in self._regions:
             for data in self._dram.data_ranges(region):
@@ -187,14 +198,12 @@ class Snapshot:
     def _files_now(self) -> list[FileRange]:
         return [file for region in self._regions for file in self._dram.files(region)]
 
-    def _clone(self, files: list[FileRange]) -> bool:
+    def _share(self) -> bool:
         """Share DRAM's blocks; returns whether that could be done."""
         try:
-            for source in files:
-                share = _FILE_CLONE_RANGE.pack(
-                    source.file.fd, source.offset, source.size_bytes, source.copy_offset
-                )
-                fcntl.ioctl((self.macs if source.is_macs else self.image).fd, _FICLONERANGE, share)
+            for source in self._files_now():
+                new = self.macs if source.is_macs else self.image
+                _clone(source.file.fd, source.offset, source.size_bytes, new.fd, source.copy_offset)
         except OSError:
             # EOPNOTSUPP, ENOTTY, EXDEV, EINVAL (no whole blocks), ENOSPC, ...: it is copied then,
             # and what is wrong shows there. What was shared already must not be in the copy.
@@ -204,6 +213,20 @@ class Snapshot:
                 os.ftruncate(new.fd, size_bytes)
             return False
         return True
+
+
+def _can_share(source: int, target: int) -> bool:
+    """Whether two files can share blocks: they are to share none, from the end to the end."""
+    try:
+        _clone(source, os.fstat(source).st_size, 0, target, 0)
+    except OSError:
+        return False
+    return True
+
+
+def _clone(source: int, offset: int, size_bytes: int, target: int, target_offset: int) -> None:
+    share = _FILE_CLONE_RANGE.pack(source, offset, size_bytes, target_offset)
+    fcntl.ioctl(target, _FICLONERANGE, share)
 
 
 class ContentsDigest:

@@ -183,8 +183,7 @@ class Captures:
             Snapshot(self._dram, capture.path, regions) as snapshot,
             NewFile(sidecar_path(capture.path)) as description,
         ):
-            # Not here: to write back what the page cache has of DRAM takes its time.
-            await _to_its_end(snapshot.rehearse)
+            await _to_its_end(snapshot.prepare)
             sidecar, captured_at = await self._take(capture, snapshot)
             for _ in snapshot.copy():
                 await asyncio.sleep(0)

@@ -66,7 +66,7 @@ def test_copy_is_of_one_moment(dram: Dram, path: Path) -> None:
     for number, data in written.items():
         dram.write(number * PAGE, data)
     with Snapshot(dram, path, ALL) as snapshot:
-        snapshot.rehearse()
+        snapshot.prepare()
         snapshot.begin()
         assert snapshot.data_bytes == len(written) * PAGE
         dram.write(7 * PAGE + 64, b"n" * 64)  # a part of one
@@ -205,6 +205,13 @@ def sharing(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", place], check=True)
 
 
+def has_no_place_on_disk(file: Path) -> bool:
+    """Whether some of a file is in the page cache only (FIEMAP_EXTENT_DELALLOC)."""
+    told = subprocess.run(["filefrag", "-v", file], capture_output=True, text=True, check=True)
+    assert "ext:" in told.stdout
+    return "delalloc" in told.stdout
+
+
 @needs_root
 def test_reflink(sharing: Path) -> None:
     """The file system shares the blocks: the copy is there at once, and nothing is copied."""
@@ -213,7 +220,11 @@ def test_reflink(sharing: Path) -> None:
         dram.write(0, data)
         dram.write_macs(0, entries)
         with Snapshot(dram, sharing / "copy", ALL) as snapshot:
-            snapshot.rehearse()
+            assert has_no_place_on_disk(dram.path)
+            snapshot.prepare()
+            assert snapshot.method is CopyMethod.REFLINK
+            assert not has_no_place_on_disk(dram.path)
+            assert blocks(snapshot.image.fd) == 0  # so long as nobody stands still
             dram.write(0, data[:PAGE])
             snapshot.begin()
             assert snapshot.method is CopyMethod.REFLINK
@@ -228,24 +239,25 @@ def test_reflink(sharing: Path) -> None:
 def test_reflink_that_fails_at_the_moment_is_a_copy(
     dram: Dram, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers: list[int | OSError] = [0, OSError(errno.ENOSPC, "full")]
+    """As if the file system were full."""
+    asked: list[int] = []
 
     def ioctl(fd: int, request: int, argument: bytes) -> int:
-        os.pwrite(fd, b"half", 0)
-        answer = answers.pop(0)
-        if isinstance(answer, OSError):
-            raise answer
-        return answer
+        asked.append(int.from_bytes(argument[16:24], "little"))
+        if asked[-1]:
+            os.pwrite(fd, b"half", 0)
+            raise OSError(errno.ENOSPC, "full")
+        return 0
 
     dram.write(PAGE, b"x" * PAGE)
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
     with Snapshot(dram, path, ALL) as snapshot:
-        monkeypatch.setattr(fcntl, "ioctl", ioctl)
-        snapshot.rehearse()
+        snapshot.prepare()
         methods = [snapshot.method]
         snapshot.begin()
         assert [*methods, snapshot.method] == [CopyMethod.REFLINK, CopyMethod.COPY_ON_WRITE]
         assert taken(snapshot) == bytes(PAGE) + b"x" * PAGE + bytes(SIZE - 2 * PAGE)
-    assert answers == []
+    assert asked == [0, 0, SIZE]
 
 
 def test_digest_is_what_its_rule_says() -> None:
