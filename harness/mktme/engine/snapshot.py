@@ -132,24 +132,39 @@ class Snapshot:
             OutputError: the copy takes no more; what is written to DRAM is not held up by that.
             DramError: DRAM cannot be read.
         """
-        at = 0
-        while at < len(self._pending) or self._failure is not None:
+        for at, count in self._runs(0, len(self._pending)):
             if self._failure is not None:
-                raise self._failure
-            ahead = self._pending[at : at + _SEARCH_PAGES]
-            if not ahead.any():
-                at += len(ahead)
-                continue
-            at += int(ahead.argmax())
-            row = self._pending[at : at + COPY_PAGES]
-            count = len(row) if row.all() else int(row.argmin())
+                break
             self._copy(at, count)
             yield count
+        if self._failure is not None:
+            raise self._failure
         self.stop()
 
+    def save(self, region: Region) -> Iterator[int]:
+        """Copy what is not copied yet of a region, before it is erased or kept elsewhere.
+
+        That would copy it, too, but all of it at once. Nothing that goes wrong here is the caller's
+        business.
+
+        Yields:
+            As `copy`.
+        """
+        first, stop = region.base // PAGE_BYTES, -(-region.end // PAGE_BYTES)
+        try:
+            for at, count in self._runs(first, stop):
+                self._copy(at, count)
+                self.saved_bytes += count * PAGE_BYTES
+                yield count
+        except MktmeError as error:
+            self._failure = error
+            self.stop()
+
     def stop(self) -> None:
-        """Let writes to DRAM go by again."""
-        self._dram.before_write = None
+        """Let writes to DRAM go by again; doing so again does nothing."""
+        if self._dram.before_write == self._save:
+            self._dram.before_write = None
+        self._pending = np.zeros(0, np.bool_)
 
     def close(self) -> None:
         """Drop the copy, unless it was published."""
@@ -166,18 +181,23 @@ class Snapshot:
     # --- inside -------------------------------------------------------------------------------
 
     def _save(self, address: int, size_bytes: int) -> None:
-        """`Dram.before_write`: nothing that goes wrong here is the writer's business."""
-        first, stop = address // PAGE_BYTES, -(-(address + size_bytes) // PAGE_BYTES)
-        pages = np.flatnonzero(self._pending[first:stop])
-        try:
-            for start, end in runs_of_consecutive(pages):
-                for page in range(int(pages[start]), int(pages[end - 1]) + 1, COPY_PAGES):
-                    count = min(COPY_PAGES, int(pages[end - 1]) + 1 - page)
-                    self._copy(first + page, count)
-                    self.saved_bytes += count * PAGE_BYTES
-        except MktmeError as error:
-            self._failure = error
-            self.stop()
+        """`Dram.before_write`."""
+        for _ in self.save(Region(address, size_bytes)):
+            pass
+
+    def _runs(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Pages from `first` to `stop` that are not copied when it is their turn: first, count."""
+        at = first
+        while at < min(stop, len(self._pending)):
+            ahead = self._pending[at : min(stop, at + _SEARCH_PAGES)]
+            if not ahead.any():
+                at += len(ahead)
+                continue
+            at += int(ahead.argmax())
+            row = self._pending[at : min(stop, at + COPY_PAGES)]
+            count = len(row) if row.all() else int(row.argmin())
+            yield at, count
+            at += count
 
     def _copy(self, first: int, count: int) -> None:
         address = first * PAGE_BYTES

@@ -62,6 +62,7 @@ class _Capture:
     taken: asyncio.Future[None] = field(default_factory=lambda: _future())
     released: asyncio.Future[float | None] = field(default_factory=lambda: _future())
     task: asyncio.Task[None] | None = None
+    snapshot: Snapshot | None = None
 
 
 class Captures:
@@ -143,6 +144,19 @@ class Captures:
         if task is not None:
             task.cancel()
 
+    async def save(self, *regions: Region) -> None:
+        """Before DRAM's regions are erased, or kept elsewhere: copy what a capture needs of them.
+
+        That may be GiB, and who waits for the engine does not wait for all of it here. If there is
+        none under way, this returns without a pause.
+        """
+        if self._running is None or self._running.snapshot is None:
+            return
+        snapshot = self._running.snapshot
+        for region in regions:
+            for _ in snapshot.save(region):
+                await asyncio.sleep(0)
+
     def _known(self, number: int) -> _Capture:
         if self._running is None or self._running.number != number:
             raise CaptureError(f"no capture {number} is under way")
@@ -183,6 +197,7 @@ class Captures:
             Snapshot(self._dram, capture.path, regions) as snapshot,
             NewFile(sidecar_path(capture.path)) as description,
         ):
+            capture.snapshot = snapshot
             await _to_its_end(snapshot.prepare)
             sidecar, captured_at = await self._take(capture, snapshot)
             for _ in snapshot.copy():

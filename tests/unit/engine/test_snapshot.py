@@ -118,6 +118,38 @@ def test_whatever_is_written_meanwhile(tmp_path_factory: Any, data: st.DataObjec
     shutil.rmtree(directory)
 
 
+def test_much_that_is_about_to_be_erased_is_saved_bit_by_bit(dram: Dram, path: Path) -> None:
+    data = RANDOM.randbytes(SIZE)
+    dram.write(0, data)
+    with Snapshot(dram, path, ALL) as snapshot:
+        assert list(snapshot.save(ALL[0])) == []  # nothing is of a moment yet
+        snapshot.begin()
+        batches = snapshot.save(Region(PAGE, SIZE - PAGE))
+        assert next(batches) == COPY_PAGES
+        dram.write(SIZE - PAGE, b"n" * PAGE)  # others come in between
+        assert sum(batches) == PAGES - COPY_PAGES - 2
+        saved = snapshot.saved_bytes
+        assert saved == SIZE - PAGE
+        dram.erase(Region(PAGE, SIZE - PAGE))
+        assert snapshot.saved_bytes == saved
+        assert taken(snapshot) == data
+        assert list(snapshot.save(ALL[0])) == []
+
+
+def test_what_one_saves_when_it_is_over_is_not_the_next_ones(dram: Dram, path: Path) -> None:
+    dram.write(0, b"x" * SIZE)
+    with Snapshot(dram, path, ALL) as first:
+        first.begin()
+        batches = first.save(ALL[0])
+        next(batches)
+    with Snapshot(dram, path, ALL) as second:
+        second.begin()
+        assert list(batches) == []
+        first.close()
+        dram.write(0, b"n" * SIZE)
+        assert taken(second) == b"x" * SIZE
+
+
 def test_only_what_was_asked_for(dram: Dram, path: Path) -> None:
     dram.write(0, b"x" * SIZE)
     regions = (Region(2 * PAGE, PAGE), Region(SIZE // 2, PAGE))

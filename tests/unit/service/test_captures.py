@@ -18,9 +18,10 @@ import pytest
 from mktme.datapath.shadow import Track
 from mktme.dump.image import DumpImage
 from mktme.engine.dram import Dram, Region, mac_path
+from mktme.engine.firmware import PlatformConfig
 from mktme.engine.keys import KeyMode
 from mktme.engine.sidecar import CaptureRecord, sidecar_path
-from mktme.engine.snapshot import ContentsDigest
+from mktme.engine.snapshot import COPY_PAGES, ContentsDigest
 from mktme.engine.xts import Algorithm
 from mktme.service import captures, wire
 from mktme.service.captures import CaptureError, Captures
@@ -32,10 +33,12 @@ from mktme.service.client import (
     captured,
 )
 from mktme.service.drains import Drains
+from mktme.service.requests import Requests
 from mktme.service.vms import Vm
 
 from ..conftest import DRAM_BYTES, Guests, MakeQemu, wait_event
 from ..fake_qemu import PAGE, FakeQemu
+from .conftest import CUSTODY
 
 DATA = os.urandom(5 * PAGE)
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
@@ -310,6 +313,56 @@ def test_lines_to_decrypt_that_are_none(guests: Guests) -> None:
     assert caught.value.error == "KeyIdError"
     with pytest.raises(EngineRefusedError, match="not a valid request"):
         guests.client.decrypt(added.keyid, 0, bytes(wire.DECRYPT_MAX_BYTES + 64))
+
+
+def test_vm_that_comes_while_dram_is_copied(tmp_path: Path) -> None:
+    """What its memory held is saved bit by bit, and the engine has time for others meanwhile."""
+    size = 64 * COPY_PAGES * PAGE
+    data = os.urandom(size)
+    erased: list[int] = []
+
+    async def run(dram: Dram) -> None:
+        events: list[wire.Event] = []
+        drains = Drains(events.append)
+        requests = Requests(dram, PlatformConfig(), CUSTODY, drains, events.append)
+        captures = requests.captures
+        captures.start(str(tmp_path / "copy"), ())
+        running = captures._running
+        assert running is not None
+        await running.taken
+        assert running.snapshot is not None
+        before_write = dram.before_write
+        assert before_write is not None
+
+        def before(address: int, size_bytes: int) -> None:
+            assert running.snapshot is not None
+            saved = running.snapshot.saved_bytes
+            before_write(address, size_bytes)
+            erased.append(running.snapshot.saved_bytes - saved)
+
+        dram.before_write = before
+        request = wire.AddVm(
+            vm=uuid.UUID(int=1),
+            name="alice",
+            memory_bytes=size,
+            track=Track.STORES,
+            algorithm=Algorithm.AES_XTS_128,
+            mode=KeyMode.RANDOM,
+        )
+        added = await requests.handle(request)
+        assert isinstance(added, wire.VmAdded)
+        assert running.snapshot.saved_bytes > COPY_PAGES * PAGE
+        dram.before_write = before_write
+        assert running.task is not None
+        await running.task
+        (done,) = events
+        assert isinstance(done, wire.CaptureDone)
+
+    with Dram.create(tmp_path / "dram", size) as dram:
+        dram.write(0, data)
+        asyncio.run(run(dram))
+    assert erased == [0]  # nothing was left to be saved at once
+    assert (tmp_path / "copy").read_bytes() == data
 
 
 def test_nobody_holds_the_guests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
