@@ -34,6 +34,7 @@ from mktme.engine.sidecar import (
 )
 from mktme.engine.snapshot import ContentsDigest, Snapshot
 from mktme.engine.sparse_file import SparseFile
+from mktme.engine.xts import PAGE_BYTES
 from mktme.service import wire
 from mktme.service.drains import Drains
 from mktme.service.vms import Vm
@@ -286,7 +287,11 @@ async def _digest(new: NewFile) -> str:
     """What `CaptureRecord.digest` says, of a file that nobody writes any more."""
     digest = ContentsDigest()
     file = SparseFile(new.fd, new.path, 1)
+    done = 0
     for start, stop in file.data(0, file.size_bytes):
+        # The file system's blocks may be smaller than pages, and several runs in one of those.
+        start = max(done, start - start % PAGE_BYTES)
+        stop = done = min(file.size_bytes, stop + -stop % PAGE_BYTES)
         for offset in range(start, stop, _DIGEST_BYTES):
             data = np.empty(min(_DIGEST_BYTES, stop - offset), np.uint8)
             file.read_into(offset, data.data)

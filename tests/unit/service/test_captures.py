@@ -17,11 +17,14 @@ import pytest
 
 from mktme.datapath.shadow import Track
 from mktme.dump.image import DumpImage
+from mktme.dump.info import check_digest
 from mktme.engine.dram import Dram, Region, mac_path
 from mktme.engine.firmware import PlatformConfig
 from mktme.engine.keys import KeyMode
+from mktme.engine.new_file import NewFile
 from mktme.engine.sidecar import CaptureRecord, sidecar_path
 from mktme.engine.snapshot import COPY_PAGES, ContentsDigest
+from mktme.engine.sparse_file import SparseFile
 from mktme.engine.xts import Algorithm
 from mktme.service import captures, wire
 from mktme.service.captures import CaptureError, Captures
@@ -298,6 +301,39 @@ def test_full_disk_is_not_the_guests_business(
     assert list(small_file_system.iterdir()) == []
     client.flush(qemu.vm)
     assert guests.read(qemu) == qemu.contents()
+
+
+@pytest.fixture
+def small_blocks(tmp_path: Path) -> Iterator[Path]:
+    """A file system with four blocks to a page."""
+    disk, place = tmp_path / "disk", tmp_path / "ext4"
+    with disk.open("wb") as file:
+        file.truncate(32 << 20)
+    place.mkdir()
+    subprocess.run(["mkfs.ext4", "-q", "-b", "1024", disk], check=True)
+    subprocess.run(["mount", "-o", "loop", disk, place], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+@needs_root
+def test_digest_where_blocks_are_smaller_than_pages(small_blocks: Path) -> None:
+    """Of each page of the MACs, some blocks alone; and whole pages, and a tail that is none."""
+    path, size = small_blocks / "file", 8 * PAGE + 256
+    holds = [(1024, 1024), (3072, 1024), (PAGE + 2048, 1024), (3 * PAGE, 3 * PAGE), (8 * PAGE, 256)]
+    with NewFile(path, size) as new:
+        for offset, length in holds:
+            new.write(offset, os.urandom(length))
+        digest = asyncio.run(captures._digest(new))
+        runs = list(SparseFile(new.fd, path, 1).data(0, size))
+        new.publish()
+    assert any(stop % PAGE for _, stop in runs[:-1])
+    assert any(start % PAGE for start, _ in runs)
+    assert digest == contents(path)
+    with DumpImage.open_raw(path) as image:
+        check_digest(image, digest)
 
 
 def test_lines_to_decrypt_that_are_none(guests: Guests) -> None:
