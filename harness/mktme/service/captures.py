@@ -58,11 +58,12 @@ class _Capture:
     number: int
     path: Path
     vms: tuple[Vm, ...] | None
+    owner: object
     started_s: float = field(default_factory=time.monotonic)
     held: asyncio.Future[None] = field(default_factory=lambda: _future())
     taken: asyncio.Future[None] = field(default_factory=lambda: _future())
     released: asyncio.Future[float | None] = field(default_factory=lambda: _future())
-    task: asyncio.Task[None] | None = None
+    task: asyncio.Task[wire.CaptureDone] | None = None
     snapshot: Snapshot | None = None
 
 
@@ -96,12 +97,13 @@ class Captures:
         self._last = 0
         self._running: _Capture | None = None
 
-    def start(self, path: str, uuids: tuple[UUID, ...]) -> int:
+    def start(self, path: str, uuids: tuple[UUID, ...], owner: object) -> int:
         """Begin one; events tell how it goes on.
 
         Args:
             path: absolute path of the copy.
             uuids: whose memory; none: all of DRAM.
+            owner: whose it is: `leave`.
 
         Raises:
             CaptureError: there is one under way, or it cannot be as asked.
@@ -118,9 +120,11 @@ class Captures:
             raise CaptureError(f"no VM {missing[0]} on this platform")
         self._last += 1
         chosen = tuple(self._vms[one] for one in dict.fromkeys(uuids)) if uuids else None
-        capture = _Capture(self._last, Path(path), chosen)
+        capture = _Capture(self._last, Path(path), chosen, owner)
         self._running = capture
-        capture.task = asyncio.get_running_loop().create_task(self._run(capture))
+        capture.task = asyncio.get_running_loop().create_task(self._capture(capture))
+        # Not within it: one that is cancelled before its first step never gets there.
+        capture.task.add_done_callback(lambda task: self._ended(capture, task))
         return capture.number
 
     async def vms_held(self, number: int, problem: str | None) -> None:
@@ -145,6 +149,11 @@ class Captures:
         if task is not None:
             task.cancel()
 
+    def leave(self, owner: object) -> None:
+        """Nobody waits any more for what an owner began: as `cancel`."""
+        if self._running is not None and self._running.owner is owner:
+            self.cancel(self._running.number)
+
     async def save(self, *regions: Region) -> None:
         """Before DRAM's regions are erased, or kept elsewhere: copy what a capture needs of them.
 
@@ -163,30 +172,11 @@ class Captures:
             raise CaptureError(f"no capture {number} is under way")
         return self._running
 
-    async def _run(self, capture: _Capture) -> None:
-        event: wire.CaptureDone | wire.CaptureFailed
-        try:
-            event = await self._capture(capture)
-        except MktmeError as error:
-            event = wire.CaptureFailed(
-                capture=capture.number,
-                error=type(error).__name__,
-                message=str(error),
-                hint=error.hint,
-            )
-        except asyncio.CancelledError:
-            event = wire.CaptureFailed(
-                capture=capture.number, error=CaptureError.__name__, message="cancelled"
-            )
-        except Exception as error:  # a fault of ours, as in `EngineServer._answer`
-            log.error("capture failed: %s", type(error).__name__)
-            event = wire.CaptureFailed(
-                capture=capture.number, error="InternalError", message=type(error).__name__
-            )
+    def _ended(self, capture: _Capture, task: asyncio.Task[wire.CaptureDone]) -> None:
         self._running = None
         if not capture.taken.done():
             capture.taken.set_result(None)  # whoever holds VMs for it lets them go on
-        self._announce(event)
+        self._announce(_outcome(capture.number, task))
 
     async def _capture(self, capture: _Capture) -> wire.CaptureDone:
         regions = (
@@ -269,6 +259,22 @@ async def _answer(future: asyncio.Future[_T], what: str) -> _T:
         ) from None
 
 
+def _outcome(
+    number: int, task: asyncio.Task[wire.CaptureDone]
+) -> wire.CaptureDone | wire.CaptureFailed:
+    """What is announced of a capture that ended."""
+    if task.cancelled():
+        return wire.CaptureFailed(capture=number, error=CaptureError.__name__, message="cancelled")
+    error = task.exception()
+    if error is None:
+        return task.result()
+    name = type(error).__name__
+    if isinstance(error, MktmeError):
+        return wire.CaptureFailed(capture=number, error=name, message=str(error), hint=error.hint)
+    log.error("capture failed: %s", name)  # a fault of ours, as in `EngineServer._answer`
+    return wire.CaptureFailed(capture=number, error="InternalError", message=name)
+
+
 def _future() -> asyncio.Future[Any]:
     return asyncio.get_running_loop().create_future()
 
@@ -276,11 +282,15 @@ def _future() -> asyncio.Future[Any]:
 async def _to_its_end(work: Callable[[], None]) -> None:
     """Run in a thread what uses descriptors; who is cancelled meanwhile closes them after that."""
     running = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await running
-        raise
+    cancelled: asyncio.CancelledError | None = None
+    while not running.done():
+        try:
+            await asyncio.wait([running])  # which does not cancel it
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    running.result()
 
 
 async def _digest(new: NewFile) -> str:

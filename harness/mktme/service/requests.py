@@ -69,8 +69,12 @@ class Requests:
             announce,
         )
 
-    async def handle(self, request: wire.Command) -> wire.Reply:
+    async def handle(self, request: wire.Command, client: object) -> wire.Reply:
         """Do what is asked.
+
+        Args:
+            request: what.
+            client: who asks; `leave` when it is gone.
 
         Raises:
             MktmeError: it is refused, or failed.
@@ -100,7 +104,7 @@ class Requests:
             case wire.WriteSidecar():
                 return self._write_sidecar()
             case wire.StartCapture(path=path, vms=uuids):
-                return wire.CaptureStarted(capture=self.captures.start(path, uuids))
+                return wire.CaptureStarted(capture=self.captures.start(path, uuids, client))
             case wire.VmsHeld(capture=number, problem=problem):
                 await self.captures.vms_held(number, problem)
             case wire.VmsReleased(capture=number, pause_ns=pause_ns):
@@ -139,6 +143,10 @@ class Requests:
                         await self._before_taken_out(one)
                     self._power(event)
         return wire.Done()
+
+    def leave(self, client: object) -> None:
+        """End what a client began and nobody waits for any more."""
+        self.captures.leave(client)
 
     def close(self) -> None:
         """End every link."""

@@ -202,6 +202,7 @@ class EngineServer:
         except OSError:
             writer.transport.abort()  # it is gone, or stopped reading or writing
         finally:
+            self._requests.leave(client)
             try:
                 await self._hang_up(client)
             finally:
@@ -249,7 +250,7 @@ class EngineServer:
                     f"an {client.role.value} may not send {type(request).__name__}",
                     hint="only an owner may, as the process that started the engine is",
                 )
-            return await self._requests.handle(request)
+            return await self._requests.handle(request, client)
         except MktmeError as error:
             return _failure(error)
         except Exception as error:

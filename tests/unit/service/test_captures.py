@@ -6,8 +6,10 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import threading
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import cast
 
@@ -37,6 +39,7 @@ from mktme.service.client import (
 )
 from mktme.service.drains import Drains
 from mktme.service.requests import Requests
+from mktme.service.server import CONTROL_SOCKET
 from mktme.service.vms import Vm
 
 from ..conftest import DRAM_BYTES, Guests, MakeQemu, wait_event
@@ -207,6 +210,76 @@ def test_one_that_is_not_wanted_any_more(guests: Guests, tmp_path: Path) -> None
     assert guests.read(qemu) == qemu.contents()
 
 
+def test_one_whose_owner_is_gone(
+    shared_engine: EngineProcess, make_qemu: MakeQemu, tmp_path: Path
+) -> None:
+    """It was killed, for instance: its connection ends. Those of others go on."""
+    with ExitStack() as stack:
+        guests = Guests(shared_engine, make_qemu, stack)
+        qemu, _ = guests.link()
+        starter, control = guests.client, Path(guests.link_socket).with_name(CONTROL_SOCKET)
+        for gone in (True, False):
+            other = stack.enter_context(EngineClient.connect(control, wire.Role.OWNER))
+            third = stack.enter_context(EngineClient.connect(control, wire.Role.OWNER))
+            capture = other.start_capture(tmp_path / "copy")
+            assert to_be_held(starter, capture) == (qemu.vm,)
+            if gone:
+                other.close()
+                with pytest.raises(EngineRefusedError, match="cancelled"):
+                    ended(starter, capture)
+                assert list(tmp_path.iterdir()) == []
+            else:
+                third.close()
+                starter.vms_held(capture)
+                starter.vms_released(capture, None)
+                ended(other, capture)
+
+
+def test_one_that_is_cancelled_before_it_begins(tmp_path: Path) -> None:
+    events: list[wire.Event] = []
+
+    async def run(dram: Dram) -> None:
+        drains = Drains(events.append)
+        requests = Requests(dram, PlatformConfig(), CUSTODY, drains, events.append)
+        for number in (1, 2):
+            assert requests.captures.start(str(tmp_path / "copy"), (), None) == number
+            running = requests.captures._running
+            assert running is not None
+            assert running.task is not None
+            requests.captures.cancel(number)
+            await asyncio.wait([running.task])
+            assert running.taken.done()
+
+    with Dram.create(tmp_path / "dram", PAGE) as dram:
+        asyncio.run(run(dram))
+    assert events == [
+        wire.CaptureFailed(capture=number, error="CaptureError", message="cancelled")
+        for number in (1, 2)
+    ]
+
+
+def test_what_uses_descriptors_ends_before_they_are_closed() -> None:
+    """However often who waits for it is cancelled."""
+    begun, may_end = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        assert may_end.wait(20)
+
+    async def run() -> None:
+        task = asyncio.ensure_future(captures._to_its_end(work))
+        await asyncio.to_thread(begun.wait, 20)
+        for _ in range(3):
+            task.cancel()
+            await asyncio.wait([task], timeout=0)
+            assert not task.done()
+        may_end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+
+
 def test_vms_that_come_and_go_meanwhile(guests: Guests, tmp_path: Path) -> None:
     client = guests.client
     qemu, _ = guests.link()
@@ -362,7 +435,7 @@ def test_vm_that_comes_while_dram_is_copied(tmp_path: Path) -> None:
         drains = Drains(events.append)
         requests = Requests(dram, PlatformConfig(), CUSTODY, drains, events.append)
         captures = requests.captures
-        captures.start(str(tmp_path / "copy"), ())
+        captures.start(str(tmp_path / "copy"), (), None)
         running = captures._running
         assert running is not None
         await running.taken
@@ -385,7 +458,7 @@ def test_vm_that_comes_while_dram_is_copied(tmp_path: Path) -> None:
             algorithm=Algorithm.AES_XTS_128,
             mode=KeyMode.RANDOM,
         )
-        added = await requests.handle(request)
+        added = await requests.handle(request, None)
         assert isinstance(added, wire.VmAdded)
         assert running.snapshot.saved_bytes > COPY_PAGES * PAGE
         dram.before_write = before_write
@@ -423,13 +496,13 @@ def test_nobody_holds_the_guests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
             asyncio.Lock(),
             events.append,
         )
-        number = one.start(str(tmp_path / "copy"), ())
+        number = one.start(str(tmp_path / "copy"), (), None)
         with pytest.raises(CaptureError, match="already"):
-            one.start(str(tmp_path / "copy"), ())
+            one.start(str(tmp_path / "copy"), (), None)
         running = one._running
         assert running is not None
         assert running.task is not None
-        await running.task
+        await asyncio.wait([running.task])
         with pytest.raises(CaptureError, match=f"no capture {number}"):
             one.cancel(number)
 
