@@ -26,7 +26,7 @@ from mktme.dump.decrypt import (
     WrongKeyError,
     decrypt,
 )
-from mktme.dump.formats import Format
+from mktme.dump.formats import Format, parse_vmcoreinfo
 from mktme.dump.image import DumpChangedError, DumpError, DumpImage
 from mktme.dump.keys import FileKeys
 from mktme.engine.dram import mac_path
@@ -222,6 +222,29 @@ def test_elf_has_the_kernels_own_note(make_image: MakeImage, out: Path) -> None:
     shown = subprocess.run(["readelf", "--notes", out], capture_output=True, text=True, check=True)
     assert "VMCOREINFO" in shown.stdout
     assert out.read_bytes().endswith(text + bytes(-len(text) % 4))
+
+
+def test_guest_that_is_full_of_notes(
+    make_image: MakeImage, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is kept, and no more are looked at than a guest can have."""
+    looked: list[bytes] = []
+
+    def parse(memory: bytes) -> tuple[bytes, str] | None:
+        looked.append(memory)
+        return parse_vmcoreinfo(memory)
+
+    monkeypatch.setattr(decrypting, "NOTES_MAX", 5)
+    monkeypatch.setattr(decrypting, "parse_vmcoreinfo", parse)
+    releases = [f"-{number}-" for number in range(10)]
+    pages = {
+        number: note_of(note_of()[24:].replace(b"-51-", name.encode())).ljust(PAGE, b"\0")
+        for number, name in enumerate(releases)
+    }
+    report = run(make_image(vm_pages(pages)), out, Format.ELF)
+    assert len(looked) == 5
+    assert report.kernel == RELEASE.replace("-51-", releases[4])
+    assert out.read_bytes().rstrip(b"\0").endswith(pages[4].rstrip(b"\0"))
 
 
 def test_elf_without_a_kernel(make_image: MakeImage, out: Path) -> None:
