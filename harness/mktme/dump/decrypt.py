@@ -43,7 +43,7 @@ from mktme.dump.formats import (
     vmcoreinfo_pages,
 )
 from mktme.dump.image import DumpError, DumpImage
-from mktme.dump.keys import Keys
+from mktme.dump.keys import Keys, WrongKeyError
 from mktme.engine.dram import MAC_BYTES_OF, mac_path
 from mktme.engine.new_file import NewFile
 from mktme.engine.pages import runs_of_consecutive, runs_of_equal
@@ -58,14 +58,11 @@ NOTES_MAX: Final = 1024
 """Most pages that are looked at because they begin as a VMCOREINFO note does: a guest has one for
 each of its kernels, unless it means harm."""
 
+_PHYSICAL_BYTES: Final = 1 << 52  # no more can be addressed (SDM vol. 3A, 4.1.4: MAXPHYADDR)
 _PLAINTEXT: Final = -1
 _PIECES_BEHIND: Final = 4
 # Random lines match their MACs once in 2^28.
 _FIT_SHARE: Final = 1 / 256
-
-
-class WrongKeyError(DumpError):
-    """A key is not the one that an image was written with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -540,6 +537,7 @@ def _segments(image: DumpImage, vm: VmRecord) -> tuple[GuestSegment, ...]:
             or not one.size_bytes
             or one.guest_physical < end
             or one.ram_offset + one.size_bytes > vm.size_bytes
+            or one.guest_physical + one.size_bytes > _PHYSICAL_BYTES
         ):
             raise DumpError(
                 f"{image.path}: its sidecar is inconsistent: {vm.name} has no memory of"
