@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mktme.engine.dram import MAC_BYTES_OF, Dram, FileRange, Region, mac_path
-from mktme.engine.errors import MktmeError
+from mktme.engine.errors import MktmeError, OutputError
 from mktme.engine.new_file import NewFile
 from mktme.engine.pages import runs_of_consecutive
 from mktme.engine.xts import PAGE_BYTES
@@ -39,6 +39,8 @@ COPY_PAGES: Final = 64
 _FICLONERANGE: Final = 0x4020940D  # linux/fs.h: _IOW(0x94, 13, struct file_clone_range)
 _FILE_CLONE_RANGE: Final = struct.Struct("=qQQQ")  # descriptor, offset, length, offset there
 _SEARCH_PAGES: Final = 1 << 16
+# A copy takes a sixteenth more: MACs, the file system's own, what is written until the moment.
+_MORE: Final = 16
 
 
 class CopyMethod(enum.Enum):
@@ -105,6 +107,26 @@ class Snapshot:
         if all(_can_share(source.file.fd, self.image.fd) for source in self._files):
             self.method = CopyMethod.REFLINK
 
+    def check_space(self) -> None:
+        """Look, when `prepare` has returned, whether what is copied will probably fit.
+
+        Raises:
+            OutputError: it will not.
+            DramError: DRAM cannot be read.
+        """
+        if self.method is CopyMethod.REFLINK:
+            return
+        needed_bytes = int(np.count_nonzero(self._pages_with_data())) * PAGE_BYTES
+        needed_bytes += needed_bytes // _MORE
+        status = os.fstatvfs(self.image.fd)
+        free_bytes = status.f_bavail * status.f_frsize
+        if needed_bytes > free_bytes:
+            raise OutputError(
+                f"{self.image.path}: no space for it: it takes about"
+                f" {-(-needed_bytes >> 20)} MiB, and {free_bytes >> 20} MiB are free",
+                hint=f"make space on its file system ({self.image.path.parent})",
+            )
+
     def begin(self) -> None:
         """The moment that the copy is of.
 
@@ -113,10 +135,7 @@ class Snapshot:
         """
         shared = self.method is CopyMethod.REFLINK and self._share()
         self.method = CopyMethod.REFLINK if shared else CopyMethod.COPY_ON_WRITE
-        pending = np.zeros(self._dram.size_bytes // PAGE_BYTES, np.bool_)
-        for region in self._regions:
-            for data in self._dram.data_ranges(region):
-                pending[data.base // PAGE_BYTES : data.end // PAGE_BYTES] = True
+        pending = self._pages_with_data()
         self.data_bytes = int(np.count_nonzero(pending)) * PAGE_BYTES
         if self.method is CopyMethod.COPY_ON_WRITE:
             self._pending = pending
@@ -214,6 +233,14 @@ class Snapshot:
             if entries.any():
                 self.macs.write(address // MAC_BYTES_OF, entries.data)
         self._pending[first : first + count] = False
+
+    def _pages_with_data(self) -> NDArray[np.bool_]:
+        """Which pages of DRAM are to be in the copy; bool, shape (pages,)."""
+        found = np.zeros(self._dram.size_bytes // PAGE_BYTES, np.bool_)
+        for region in self._regions:
+            for data in self._dram.data_ranges(region):
+                found[data.base // PAGE_BYTES : data.end // PAGE_BYTES] = True
+        return found
 
     def _files_now(self) -> list[FileRange]:
         return [file for region in self._regions for file in self._dram.files(region)]

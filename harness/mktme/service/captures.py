@@ -225,6 +225,7 @@ class Captures:
             # What is in DRAM before they are held need not be brought there meanwhile.
             for vm in linked:
                 await self._drains.flush(vm)
+            snapshot.check_space()
             self._announce(
                 wire.HoldVms(capture=capture.number, vms=tuple(vm.uuid for vm in linked))
             )

@@ -344,10 +344,10 @@ def test_engine_killed_meanwhile_leaves_nothing(
 
 @pytest.fixture
 def small_file_system(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for half of the VM's memory."""
+    """A file system with room for twice the VM's memory, and not for four times that."""
     place = tmp_path / "small"
     place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", place], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", place], check=True)
     try:
         yield place
     finally:
@@ -364,6 +364,7 @@ def test_full_disk_is_not_the_guests_business(
     qemu.dma(0, os.urandom(qemu.ram_bytes))
     capture = client.start_capture(small_file_system / "copy", [qemu.vm])
     to_be_held(client, capture)
+    (small_file_system / "others").write_bytes(bytes(384 << 10))
     client.vms_held(capture)
     if written:
         qemu.dma(0, os.urandom(qemu.ram_bytes))
@@ -371,9 +372,26 @@ def test_full_disk_is_not_the_guests_business(
     with pytest.raises(EngineRefusedError, match="No space left on device") as caught:
         ended(client, capture)
     assert "make space" in (caught.value.hint or "")
-    assert list(small_file_system.iterdir()) == []
+    assert os.listdir(small_file_system) == ["others"]
     client.flush(qemu.vm)
     assert guests.read(qemu) == qemu.contents()
+
+
+@needs_root
+def test_guests_are_not_held_for_what_does_not_fit(guests: Guests, small_file_system: Path) -> None:
+    """And what is written just before counts."""
+    client = guests.client
+    qemu, _ = guests.link(256)
+    qemu.dma(0, os.urandom(qemu.ram_bytes))
+    capture = client.start_capture(small_file_system / "copy", [qemu.vm])
+    event = client.events.get(timeout=60)
+    while not isinstance(event, wire.CaptureFailed):
+        assert not isinstance(event, wire.HoldVms)
+        event = client.events.get(timeout=60)
+    assert (event.capture, event.error) == (capture, "OutputError")
+    assert "takes about 2 MiB, and 0 MiB are free" in event.message
+    assert "make space" in (event.hint or "")
+    assert list(small_file_system.iterdir()) == []
 
 
 @pytest.fixture
