@@ -442,6 +442,33 @@ def test_lines_to_decrypt_that_are_none(guests: Guests) -> None:
         guests.client.decrypt(added.keyid, 0, bytes(wire.DECRYPT_MAX_BYTES + 64))
 
 
+def test_copy_is_of_the_moment_while_dram_is_written(tmp_path: Path) -> None:
+    """All of it is written anew when next to nothing of it is copied."""
+    size = 16 * COPY_PAGES * PAGE
+    data = os.urandom(size)
+    events: list[wire.Event] = []
+
+    async def run(dram: Dram) -> None:
+        drains = Drains(events.append)
+        requests = Requests(dram, PlatformConfig(), CUSTODY, drains, events.append)
+        requests.captures.start(str(tmp_path / "copy"), (), None)
+        running = requests.captures._running
+        assert running is not None
+        assert running.task is not None
+        await running.taken
+        dram.write(0, bytes(size))
+        await running.task
+
+    with Dram.create(tmp_path / "dram", size) as dram:
+        dram.write(0, data)
+        asyncio.run(run(dram))
+    (done,) = events
+    assert isinstance(done, wire.CaptureDone)
+    assert (tmp_path / "copy").read_bytes() == data
+    assert done.record.data_bytes == size
+    assert size // 2 < done.record.saved_bytes < size
+
+
 def test_vm_that_comes_while_dram_is_copied(tmp_path: Path) -> None:
     """What its memory held is saved bit by bit, and the engine has time for others meanwhile."""
     size = 64 * COPY_PAGES * PAGE
