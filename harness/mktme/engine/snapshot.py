@@ -6,9 +6,10 @@ blocks: ioctl_ficlonerange(2). That first writes back what the page cache has of
 writes DRAM until it is done; so most of that is written back before the moment (`prepare`).
 
 Elsewhere it is copy-on-write in here: at that moment it is noted which pages hold anything, which
-takes as long as to ask the file system for holes. From then on
-each write to DRAM first saves the pages under it that are not copied yet (`Dram.before_write`),
-and `Snapshot.copy` copies the rest bit by bit.
+takes as long as to ask the file system for holes. From then on each write to DRAM first saves the
+pages under it that are not copied yet (`Dram.before_write`), and `Snapshot.copy` copies the rest
+bit by bit. What is erased at once may be GiB: whoever can wait has it saved bit by bit before
+(`Snapshot.save`).
 
 Holes stay holes. What has an image of its own, an NVDIMM, is in the copy at its addresses.
 """
