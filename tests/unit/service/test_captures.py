@@ -21,9 +21,11 @@ from mktme.datapath.shadow import Track
 from mktme.dump.image import DumpImage
 from mktme.dump.info import check_digest
 from mktme.engine.dram import Dram, Region, mac_path
+from mktme.engine.errors import MktmeError
 from mktme.engine.firmware import PlatformConfig
 from mktme.engine.keys import KeyMode
 from mktme.engine.new_file import NewFile
+from mktme.engine.package import PowerEvent
 from mktme.engine.sidecar import CaptureRecord, sidecar_path
 from mktme.engine.snapshot import COPY_PAGES, ContentsDigest
 from mktme.engine.sparse_file import SparseFile
@@ -517,6 +519,49 @@ def test_vm_that_comes_while_dram_is_copied(tmp_path: Path) -> None:
         asyncio.run(run(dram))
     assert erased == [0]  # nothing was left to be saved at once
     assert (tmp_path / "copy").read_bytes() == data
+
+
+def test_what_a_capture_is_told_of_before_it_changes_hands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A VM's memory, its NVDIMM, and a DIMM that is unplugged: each may be GiB."""
+    told: list[Region] = []
+
+    async def save(_captures: Captures, *regions: Region) -> None:
+        told.extend(regions)
+
+    monkeypatch.setattr(Captures, "save", save)
+    vm, mib = uuid.UUID(int=1), 1 << 20
+
+    async def run(dram: Dram) -> None:
+        requests = Requests(dram, PlatformConfig(), CUSTODY, Drains(lambda _: None), lambda _: None)
+
+        async def ask(request: wire.Command) -> list[Region]:
+            told.clear()
+            await requests.handle(request, None)
+            return list(told)
+
+        add = wire.AddVm(
+            vm=vm,
+            name="alice",
+            memory_bytes=4 * mib,
+            track=Track.STORES,
+            algorithm=Algorithm.AES_XTS_128,
+            mode=KeyMode.RANDOM,
+            nvdimm=wire.NvdimmFile(path=str(tmp_path / "nv"), size_bytes=2 * mib, shared=False),
+            dimm_bytes=mib,
+        )
+        assert await ask(add) == [Region(0, 7 * mib)]
+        with pytest.raises(MktmeError, match="not linked"):
+            await ask(wire.DiscardMemory(vm=vm, ram_offset=6 * mib, size_bytes=mib))
+        assert told == [Region(6 * mib, mib)]
+        nvdimm = [Region(4 * mib, 2 * mib)]
+        assert await ask(wire.RemoveVm(vm=vm)) == nvdimm
+        await ask(add)
+        assert await ask(wire.PowerPlatform(event=PowerEvent.POWER_CYCLE)) == nvdimm
+
+    with Dram.create(tmp_path / "dram", 16 * mib) as dram:
+        asyncio.run(run(dram))
 
 
 def test_nobody_holds_the_guests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
