@@ -8,6 +8,7 @@ in DRAM that is not encrypted.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,13 +40,14 @@ from mktme.pytest_plugin import vm_config
 from mktme.vm.config import VmConfig
 from mktme.vm.image_cache import cache_dir
 from mktme.vm.images import GuestImage
-from mktme.vm.platform import Platform
+from mktme.vm.platform import Platform, Vm
 
 from ..vectors import reference
 from .conftest import Command
 from .crypt import crypt_guest
 
 MIB = 1 << 20
+PAGE = 4096
 MEMORY = 256 * MIB
 DISK_BYTES = 4 * MIB
 SECTOR = 512
@@ -128,12 +131,65 @@ def test_capture_of_a_held_guest_is_its_ram(datapath: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("datapath", DATAPATHS)
 def test_capture_while_the_guest_works_is_of_one_moment(
-    datapath: str, key_file: Path, tmp_path: Path
+    datapath: str, key_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the guest writes meanwhile is not in it: each line still has the MAC that it had.
+    """What the guest writes meanwhile is not in it: it is the RAM of that moment, to the last byte.
+
+    The guest works, and is held for its RAM to be read behind the engine's back. The capture comes
+    then; when it has its moment the guest works on, and all it writes is brought into DRAM at once.
+    """
+    image = tmp_path / "c.img"
+    config = config_for(datapath, key_file=key_file)
+    with Platform(MEMORY) as platform, platform.launch(config) as vm, ThreadPoolExecutor(2) as pool:
+        taken, vms_held = threading.Event(), platform.engine.vms_held
+
+        def noting(capture: int, problem: str | None = None) -> None:
+            vms_held(capture, problem)
+            taken.set()
+
+        monkeypatch.setattr(platform.engine, "vms_held", noting)
+        run_workload(vm.domain.console)
+        works = pool.submit(run_workload, vm.domain.console)
+        with vm.held() as engine:
+            assert not works.done()
+            expected = digests(vm, datapath)
+            capturing = pool.submit(platform.capture, image)
+            assert taken.wait(COMMAND_S)
+        while not capturing.done():
+            engine.flush(vm.uuid)
+        record = capturing.result()
+        works.result()  # it checks its own sums
+    show(datapath, record)
+    assert record.saved_bytes > 0
+    with offline(image, key_file, tmp_path / "raw", Format.RAW).open("rb") as memory:
+        found = {at: digest_of(os.pread(memory.fileno(), PAGE, at)) for at in expected}
+    assert found == expected
+    assert len(expected) > 16 * MIB // PAGE
+
+
+def digests(vm: Vm, datapath: str) -> dict[int, bytes]:
+    """Of the pages that QEMU has of a guest's RAM, by offset: what is in them."""
+    found = {}
+    with ram_of(vm) as ram:
+        for offset, plain in ram.chunks():
+            there = np.ones(len(plain) // PAGE, np.bool_)
+            if datapath == "inline":
+                there = ram.populated(offset, len(plain))
+            for at in (np.flatnonzero(there) * PAGE).tolist():
+                found[offset + at] = digest_of(plain[at : at + PAGE])
+    return found
+
+
+def digest_of(page: bytes) -> bytes:
+    return hashlib.sha256(page).digest()
+
+
+@pytest.mark.parametrize("datapath", DATAPATHS)
+def test_captures_one_after_another(datapath: str, key_file: Path, tmp_path: Path) -> None:
+    """While the guest works: each line has the MAC that it had, and each is a whole guest.
 
     The inline guest has 32 MiB of window and works on 64, so that pages leave it all the time. A
-    second capture, of one VM, comes while it is paused, and leaves it so.
+    last capture, of one VM, comes while it is paused, and leaves it so.
     """
     more = {"algorithm": "aes-xts-128-integrity"} if datapath == "inline" else {}
     config = config_for(datapath, key_file=key_file, **more)

@@ -43,7 +43,7 @@ from mktme.dump.formats import (
     vmcoreinfo_pages,
 )
 from mktme.dump.image import DumpError, DumpImage
-from mktme.dump.keys import Keys
+from mktme.dump.keys import Keys, WrongKeyError
 from mktme.engine.dram import MAC_BYTES_OF, mac_path
 from mktme.engine.new_file import NewFile
 from mktme.engine.pages import runs_of_consecutive, runs_of_equal
@@ -54,15 +54,15 @@ PIECE_BYTES: Final = 1 << 19
 """What is read, decrypted and written at a time."""
 SAMPLE_PAGES: Final = 4096
 """Most pages of a KeyID that are looked at to tell whether its key fits: 16 MiB."""
+NOTES_MAX: Final = 1024
+"""Most pages that are looked at because they begin as a VMCOREINFO note does: a guest has one for
+each of its kernels, unless it means harm."""
 
+_PHYSICAL_BYTES: Final = 1 << 52  # no more can be addressed (SDM vol. 3A, 4.1.4: MAXPHYADDR)
 _PLAINTEXT: Final = -1
 _PIECES_BEHIND: Final = 4
 # Random lines match their MACs once in 2^28.
 _FIT_SHARE: Final = 1 / 256
-
-
-class WrongKeyError(DumpError):
-    """A key is not the one that an image was written with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,7 +412,7 @@ def decrypt(
     """
     started = time.monotonic()
     places = layout(kind, memory.segments)
-    notes: list[tuple[bytes, str]] = []
+    notes = _Notes(memory)
     written_bytes = 0
     with NewFile(out, places.size_bytes) as new:
         skipped = memory.check_keys(skip_missing=skip_missing, force=force)
@@ -421,17 +421,14 @@ def decrypt(
             for read, pages in stream:
                 written_bytes += pages * PAGE_BYTES
                 if kind is Format.ELF:
-                    notes += _notes(memory, read)
+                    notes.look_in(read)
         if memory.bad_lines and not force:
             raise DumpError(
                 f"{memory.bad_lines:,} lines of {memory.vm.name} do not match their MACs, the first"
                 f" at {memory.first_bad:#x} of DRAM: somebody changed it",
                 hint="--force has them as they decrypt",
             )
-        # The one of the kernel that is there, after a kexec; else the last.
-        notes.sort(key=lambda one: describes_running_kernel(one[0], memory.read))
-        contents = notes[-1][0] if notes else b""
-        places = layout(kind, memory.segments, contents)
+        places = layout(kind, memory.segments, b"" if notes.found is None else notes.found[0])
         for offset, header in places.headers:
             new.write(offset, header)
         memory.check_unchanged()
@@ -447,18 +444,35 @@ def decrypt(
         written_bytes=written_bytes,
         skipped=skipped,
         bad_lines=memory.bad_lines,
-        kernel=notes[-1][1] if notes else None,
+        kernel=None if notes.found is None else notes.found[1],
         duration_s=time.monotonic() - started,
     )
 
 
-def _notes(memory: VmMemory, read: _Read) -> Iterator[tuple[bytes, str]]:
-    """The VMCOREINFO notes that begin in a piece, which is decrypted, and of which kernels."""
-    for page in vmcoreinfo_pages(_as_pages(read.data)):
-        at = read.piece.guest_physical + page * PAGE_BYTES
-        note = parse_vmcoreinfo(memory.read(at, VMCOREINFO_MAX_BYTES))
-        if note is not None:
-            yield note
+class _Notes:
+    """VMCOREINFO notes in a guest's memory, which can hold as many as the guest likes.
+
+    Attributes:
+        found: the last of the kernel that is there, after a kexec; else the last; with its release.
+    """
+
+    def __init__(self, memory: VmMemory) -> None:
+        self._memory = memory
+        self._left = NOTES_MAX
+        self._of_running = False
+        self.found: tuple[bytes, str] | None = None
+
+    def look_in(self, read: _Read) -> None:
+        """Look for notes that begin in a piece, which is decrypted."""
+        for page in vmcoreinfo_pages(_as_pages(read.data))[: self._left]:
+            self._left -= 1
+            at = read.piece.guest_physical + page * PAGE_BYTES
+            note = parse_vmcoreinfo(self._memory.read(at, VMCOREINFO_MAX_BYTES))
+            if note is None:
+                continue
+            of_running = describes_running_kernel(note[0], self._memory.read)
+            if of_running or not self._of_running:
+                self.found, self._of_running = note, of_running
 
 
 def _stream(
@@ -523,6 +537,7 @@ def _segments(image: DumpImage, vm: VmRecord) -> tuple[GuestSegment, ...]:
             or not one.size_bytes
             or one.guest_physical < end
             or one.ram_offset + one.size_bytes > vm.size_bytes
+            or one.guest_physical + one.size_bytes > _PHYSICAL_BYTES
         ):
             raise DumpError(
                 f"{image.path}: its sidecar is inconsistent: {vm.name} has no memory of"

@@ -158,13 +158,18 @@ def _verify(image: DumpImage, capture: CaptureRecord | None) -> None:
             f"{image.path}: it was not captured, so there is no digest to verify it with",
             hint="mktme dump capture makes images that have one",
         )
-    _check_digest(image, capture.sha256)
+    check_digest(image, capture.sha256)
     if capture.mac_sha256 is not None:
         with DumpImage.open_raw(mac_path(image.path)) as macs:
-            _check_digest(macs, capture.mac_sha256)
+            check_digest(macs, capture.mac_sha256)
 
 
-def _check_digest(image: DumpImage, expected: str) -> None:
+def check_digest(image: DumpImage, expected: str) -> None:
+    """Compare a file with its digest.
+
+    Raises:
+        DumpError: it is another, or the file cannot be read, or changed meanwhile.
+    """
     digest = ContentsDigest()
     for chunk in image.chunks():
         digest.update(chunk.address, chunk.data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -21,6 +22,10 @@ from mktme.service import wire
 from mktme.service.client import EngineClient
 
 _KEYID_AND_FILE: Final = re.compile(r"(\d{1,5})=(.+)", re.DOTALL)
+
+
+class WrongKeyError(DumpError):
+    """A key is not the one that an image was written with."""
 
 
 class Keys(Protocol):
@@ -41,6 +46,9 @@ class Keys(Protocol):
 
         Returns:
             bool, shape (n,): which lines do not match their MACs; None if nobody looked.
+
+        Raises:
+            WrongKeyError: the key is for no MACs.
         """
         ...
 
@@ -68,23 +76,28 @@ class FileKeys:
             KeyMaterialError: a file holds no such key, or two are for the same KeyID, or one for a
                 KeyID that is not encrypted.
         """
-        keys: dict[int, LineKey] = {}
-        for one in files:
-            named = _KEYID_AND_FILE.fullmatch(one)
-            keyid, file = (vm.keyid, one) if named is None else (int(named[1]), named[2])
-            described = image.key(keyid)
-            if keyid in keys:
-                raise KeyMaterialError(
-                    f"{file}: another key for KeyID {keyid}",
-                    hint="say which KeyID it is for: --key-file KEYID=FILE",
-                )
-            if described is None or described.algorithm is None:
-                raise KeyMaterialError(f"{file}: KeyID {keyid} of {image.path} is not encrypted")
-            material = read_key_file(Path(file), described.algorithm)
-            try:
-                keys[keyid] = LineKey.make(described.algorithm, material)
-            finally:
-                wipe(material)
+        with ExitStack() as undo:
+            keys: dict[int, LineKey] = {}
+            for one in files:
+                named = _KEYID_AND_FILE.fullmatch(one)
+                keyid, file = (vm.keyid, one) if named is None else (int(named[1]), named[2])
+                described = image.key(keyid)
+                if keyid in keys:
+                    raise KeyMaterialError(
+                        f"{file}: another key for KeyID {keyid}",
+                        hint="say which KeyID it is for: --key-file KEYID=FILE",
+                    )
+                if described is None or described.algorithm is None:
+                    raise KeyMaterialError(
+                        f"{file}: KeyID {keyid} of {image.path} is not encrypted"
+                    )
+                material = read_key_file(Path(file), described.algorithm)
+                try:
+                    keys[keyid] = LineKey.make(described.algorithm, material)
+                finally:
+                    wipe(material)
+                undo.callback(keys[keyid].wipe)
+            undo.pop_all()
         return cls(keys)
 
     def __contains__(self, keyid: int) -> bool:
@@ -146,5 +159,10 @@ class EngineKeys:
             )
             part[:] = np.frombuffer(answer.data, np.uint8)
             if bad is not None:
+                if not answer.bad:  # it was programmed anew meanwhile
+                    raise WrongKeyError(
+                        f"KeyID {keyid} has no MACs on the platform that runs, and this image has",
+                        hint="--key-file FILE gives the key that it was written with",
+                    )
                 bad[lines] = np.frombuffer(answer.bad, np.bool_)
         return bad

@@ -245,15 +245,19 @@ class Dram:
             AddressError: no free range is that large, or that one is not free.
             DramError: what was there cannot be erased.
         """
+        region = self.find_free(size_bytes, base)
+        self.erase(region)
+        bisect.insort(self._regions, region)
+        return region
+
+    def find_free(self, size_bytes: int, base: int | None = None) -> Region:
+        """What `allocate` would set aside; arguments and errors are its."""
         if size_bytes <= 0 or size_bytes % PAGE_BYTES:
             raise ValueError(f"a region is whole 4 KiB pages, not {size_bytes} bytes")
         if base is None:
-            region = self._first_free(size_bytes)
-        else:
-            region = Region(base, size_bytes)
-            self._check_free(region)
-        self.erase(region)
-        bisect.insort(self._regions, region)
+            return self._first_free(size_bytes)
+        region = Region(base, size_bytes)
+        self._check_free(region)
         return region
 
     def _first_free(self, size_bytes: int) -> Region:

@@ -42,7 +42,7 @@ The whole tree, outer layers included (each layer defines its own branch)::
     ├── PatternError                mktme.dump.patterns: what cannot be searched for
     └── DumpError                   mktme.dump.image: an image that is not what it is said to be
         ├── DumpChangedError        it was written while it was read
-        └── WrongKeyError           mktme.dump.decrypt: not the key that it was written with
+        └── WrongKeyError           mktme.dump.keys: not the key that it was written with
 """
 
 from __future__ import annotations

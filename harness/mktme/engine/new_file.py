@@ -8,6 +8,7 @@ has no such files (NFS, vfat), it has a hidden name meanwhile, which only a kill
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import tempfile
@@ -39,12 +40,18 @@ class NewFile:
     def __init__(self, path: Path, size_bytes: int = 0) -> None:
         self.path = path
         self._temporary: str | None = None
-        if os.path.lexists(path):
+        try:
+            os.lstat(path)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:  # ValueError: what no path can be
+            raise OutputError(f"{path}: no file can be made there: {_why(error)}") from error
+        else:
             raise _exists(path)
         try:
             self._directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except (OSError, ValueError) as error:  # ValueError: what no path can be
-            raise OutputError(f"{path}: no file can be made there: {_why(error)}") from error
+        except OSError as error:
+            raise OutputError(f"{path}: no file can be made there: {error.strerror}") from error
         self.fd = -1
         try:
             self.fd = self._open()
@@ -106,13 +113,17 @@ class NewFile:
 
     def close(self) -> None:
         """Close the file; one without a name is gone then. Closing again does nothing."""
-        if self._temporary is not None:
-            os.unlink(self._temporary)
-            self._temporary = None
-        for descriptor in (self.fd, self._directory):
-            if descriptor >= 0:
-                os.close(descriptor)
+        temporary, self._temporary = self._temporary, None
+        descriptors = (self.fd, self._directory)
         self.fd = self._directory = -1
+        try:
+            if temporary is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
+        finally:
+            for descriptor in descriptors:
+                if descriptor >= 0:
+                    os.close(descriptor)
 
     def __enter__(self) -> Self:
         return self

@@ -2,10 +2,14 @@
 """A copy of DRAM as it is at one moment, while it goes on being written.
 
 Where the file system can share blocks between files (btrfs, XFS), the copy is made of DRAM's own
-blocks: ioctl_ficlonerange(2). Elsewhere it is copy-on-write in here: at that moment it is noted
-which pages hold anything, which takes as long as to ask the file system for holes. From then on
-each write to DRAM first saves the pages under it that are not copied yet (`Dram.before_write`),
-and `Snapshot.copy` copies the rest bit by bit.
+blocks: ioctl_ficlonerange(2). That first writes back what the page cache has of them, and nobody
+writes DRAM until it is done; so most of that is written back before the moment (`prepare`).
+
+Elsewhere it is copy-on-write in here: at that moment it is noted which pages hold anything, which
+takes as long as to ask the file system for holes. From then on each write to DRAM first saves the
+pages under it that are not copied yet (`Dram.before_write`), and `Snapshot.copy` copies the rest
+bit by bit. What is erased at once may be GiB: whoever can wait has it saved bit by bit before
+(`Snapshot.save`).
 
 Holes stay holes. What has an image of its own, an NVDIMM, is in the copy at its addresses.
 """
@@ -25,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mktme.engine.dram import MAC_BYTES_OF, Dram, FileRange, Region, mac_path
-from mktme.engine.errors import MktmeError
+from mktme.engine.errors import MktmeError, OutputError
 from mktme.engine.new_file import NewFile
 from mktme.engine.pages import runs_of_consecutive
 from mktme.engine.xts import PAGE_BYTES
@@ -36,6 +40,8 @@ COPY_PAGES: Final = 64
 _FICLONERANGE: Final = 0x4020940D  # linux/fs.h: _IOW(0x94, 13, struct file_clone_range)
 _FILE_CLONE_RANGE: Final = struct.Struct("=qQQQ")  # descriptor, offset, length, offset there
 _SEARCH_PAGES: Final = 1 << 16
+# A copy takes a sixteenth more: MACs, the file system's own, what is written until the moment.
+_MORE: Final = 16
 
 
 class CopyMethod(enum.Enum):
@@ -62,7 +68,7 @@ class Snapshot:
 
     Attributes:
         image, macs: the copies.
-        method: how they come about; only known when `begin` has returned.
+        method: how they come about; when `prepare` has returned, how they probably will.
         data_bytes: how much DRAM held, pages with anything in them.
         saved_bytes: how much of that was about to be written before it was copied.
     """
@@ -70,12 +76,10 @@ class Snapshot:
     def __init__(self, dram: Dram, path: Path, regions: tuple[Region, ...]) -> None:
         self._dram = dram
         self._regions = regions
-        self._files = self._files_now()
         self._pending = np.zeros(0, np.bool_)
         self._buffer = np.empty((COPY_PAGES, PAGE_BYTES // 8), np.uint64)
         self._entries = np.empty(COPY_PAGES * PAGE_BYTES // MAC_BYTES_OF, np.uint8)
         self._failure: MktmeError | None = None
-        self.method = CopyMethod.COPY_ON_WRITE
         self.data_bytes = 0
         self.saved_bytes = 0
         self.image = NewFile(path, dram.size_bytes)
@@ -84,15 +88,45 @@ class Snapshot:
         except BaseException:
             self.image.close()
             raise
+        self._files = self._files_now()
+        self.method = CopyMethod.COPY_ON_WRITE
 
-    def rehearse(self) -> None:
-        """Do before guests are stopped what then takes no time any more; in a thread of its own.
+    def prepare(self) -> None:
+        """Write back, before guests are stopped, what `begin` would; in a thread of its own.
 
-        A reflink writes back what DRAM's file has in the page cache first. Whether it can be done
-        at all is known when it was done once.
+        Guests and engine go on meanwhile, and what they write then is left to `begin`.
+
+        Raises:
+            DramError: DRAM cannot be written back.
         """
-        if self._clone(self._files):
+        # First the copies, which is asked in no time: a reflink of none of DRAM, too, has btrfs
+        # write back all of it (filemap_flush), with the file locked.
+        if not _can_share(self.macs.fd, self.image.fd):
+            return
+        for source in self._files:
+            source.file.write_back(source.offset, source.size_bytes)
+        if all(_can_share(source.file.fd, self.image.fd) for source in self._files):
             self.method = CopyMethod.REFLINK
+
+    def check_space(self) -> None:
+        """Look, when `prepare` has returned, whether what is copied will probably fit.
+
+        Raises:
+            OutputError: it will not.
+            DramError: DRAM cannot be read.
+        """
+        if self.method is CopyMethod.REFLINK:
+            return
+        needed_bytes = int(np.count_nonzero(self._pages_with_data())) * PAGE_BYTES
+        needed_bytes += needed_bytes // _MORE
+        status = os.fstatvfs(self.image.fd)
+        free_bytes = status.f_bavail * status.f_frsize
+        if needed_bytes > free_bytes:
+            raise OutputError(
+                f"{self.image.path}: no space for it: it takes about"
+                f" {-(-needed_bytes >> 20)} MiB, and {free_bytes >> 20} MiB are free",
+                hint=f"make space on its file system ({self.image.path.parent})",
+            )
 
     def begin(self) -> None:
         """The moment that the copy is of.
@@ -100,12 +134,9 @@ class Snapshot:
         Raises:
             DramError: DRAM cannot be read.
         """
-        if self.method is CopyMethod.REFLINK and not self._clone(self._files_now()):
-            self.method = CopyMethod.COPY_ON_WRITE
-        pending = np.zeros(self._dram.size_bytes // PAGE_BYTES, np.bool_)
-        for region in self._regions:
-            for data in self._dram.data_ranges(region):
-                pending[data.base // PAGE_BYTES : data.end // PAGE_BYTES] = True
+        shared = self.method is CopyMethod.REFLINK and self._share()
+        self.method = CopyMethod.REFLINK if shared else CopyMethod.COPY_ON_WRITE
+        pending = self._pages_with_data()
         self.data_bytes = int(np.count_nonzero(pending)) * PAGE_BYTES
         if self.method is CopyMethod.COPY_ON_WRITE:
             self._pending = pending
@@ -121,24 +152,39 @@ class Snapshot:
             OutputError: the copy takes no more; what is written to DRAM is not held up by that.
             DramError: DRAM cannot be read.
         """
-        at = 0
-        while at < len(self._pending) or self._failure is not None:
+        for at, count in self._runs(0, len(self._pending)):
             if self._failure is not None:
-                raise self._failure
-            ahead = self._pending[at : at + _SEARCH_PAGES]
-            if not ahead.any():
-                at += len(ahead)
-                continue
-            at += int(ahead.argmax())
-            row = self._pending[at : at + COPY_PAGES]
-            count = len(row) if row.all() else int(row.argmin())
+                break
             self._copy(at, count)
             yield count
+        if self._failure is not None:
+            raise self._failure
         self.stop()
 
+    def save(self, region: Region) -> Iterator[int]:
+        """Copy what is not copied yet of a region, before it is erased or kept elsewhere.
+
+        That would copy it, too, but all of it at once. Nothing that goes wrong here is the caller's
+        business.
+
+        Yields:
+            As `copy`.
+        """
+        first, stop = region.base // PAGE_BYTES, -(-region.end // PAGE_BYTES)
+        try:
+            for at, count in self._runs(first, stop):
+                self._copy(at, count)
+                self.saved_bytes += count * PAGE_BYTES
+                yield count
+        except MktmeError as error:
+            self._failure = error
+            self.stop()
+
     def stop(self) -> None:
-        """Let writes to DRAM go by again."""
-        self._dram.before_write = None
+        """Let writes to DRAM go by again; doing so again does nothing."""
+        if self._dram.before_write == self._save:
+            self._dram.before_write = None
+        self._pending = np.zeros(0, np.bool_)
 
     def close(self) -> None:
         """Drop the copy, unless it was published."""
@@ -155,18 +201,23 @@ class Snapshot:
     # --- inside -------------------------------------------------------------------------------
 
     def _save(self, address: int, size_bytes: int) -> None:
-        """`Dram.before_write`: nothing that goes wrong here is the writer's business."""
-        first, stop = address // PAGE_BYTES, -(-(address + size_bytes) // PAGE_BYTES)
-        pages = np.flatnonzero(self._pending[first:stop])
-        try:
-            for start, end in runs_of_consecutive(pages):
-                for page in range(int(pages[start]), int(pages[end - 1]) + 1, COPY_PAGES):
-                    count = min(COPY_PAGES, int(pages[end - 1]) + 1 - page)
-                    self._copy(first + page, count)
-                    self.saved_bytes += count * PAGE_BYTES
-        except MktmeError as error:
-            self._failure = error
-            self.stop()
+        """`Dram.before_write`."""
+        for _ in self.save(Region(address, size_bytes)):
+            pass
+
+    def _runs(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Pages from `first` to `stop` that are not copied when it is their turn: first, count."""
+        at = first
+        while at < min(stop, len(self._pending)):
+            ahead = self._pending[at : min(stop, at + _SEARCH_PAGES)]
+            if not ahead.any():
+                at += len(ahead)
+                continue
+            at += int(ahead.argmax())
+            row = self._pending[at : min(stop, at + COPY_PAGES)]
+            count = len(row) if row.all() else int(row.argmin())
+            yield at, count
+            at += count
 
     def _copy(self, first: int, count: int) -> None:
         address = first * PAGE_BYTES
@@ -184,17 +235,23 @@ class Snapshot:
                 self.macs.write(address // MAC_BYTES_OF, entries.data)
         self._pending[first : first + count] = False
 
+    def _pages_with_data(self) -> NDArray[np.bool_]:
+        """Which pages of DRAM are to be in the copy; bool, shape (pages,)."""
+        found = np.zeros(self._dram.size_bytes // PAGE_BYTES, np.bool_)
+        for region in self._regions:
+            for data in self._dram.data_ranges(region):
+                found[data.base // PAGE_BYTES : data.end // PAGE_BYTES] = True
+        return found
+
     def _files_now(self) -> list[FileRange]:
         return [file for region in self._regions for file in self._dram.files(region)]
 
-    def _clone(self, files: list[FileRange]) -> bool:
+    def _share(self) -> bool:
         """Share DRAM's blocks; returns whether that could be done."""
         try:
-            for source in files:
-                share = _FILE_CLONE_RANGE.pack(
-                    source.file.fd, source.offset, source.size_bytes, source.copy_offset
-                )
-                fcntl.ioctl((self.macs if source.is_macs else self.image).fd, _FICLONERANGE, share)
+            for source in self._files_now():
+                new = self.macs if source.is_macs else self.image
+                _clone(source.file.fd, source.offset, source.size_bytes, new.fd, source.copy_offset)
         except OSError:
             # EOPNOTSUPP, ENOTTY, EXDEV, EINVAL (no whole blocks), ENOSPC, ...: it is copied then,
             # and what is wrong shows there. What was shared already must not be in the copy.
@@ -204,6 +261,20 @@ class Snapshot:
                 os.ftruncate(new.fd, size_bytes)
             return False
         return True
+
+
+def _can_share(source: int, target: int) -> bool:
+    """Whether two files can share blocks: they are to share none, from the end to the end."""
+    try:
+        _clone(source, os.fstat(source).st_size, 0, target, 0)
+    except OSError:
+        return False
+    return True
+
+
+def _clone(source: int, offset: int, size_bytes: int, target: int, target_offset: int) -> None:
+    share = _FILE_CLONE_RANGE.pack(source, offset, size_bytes, target_offset)
+    fcntl.ioctl(target, _FICLONERANGE, share)
 
 
 class ContentsDigest:

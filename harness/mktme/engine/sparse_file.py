@@ -23,6 +23,10 @@ _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 # linux/falloc.h
 _FALLOC_FL_KEEP_SIZE: Final = 1
 _FALLOC_FL_PUNCH_HOLE: Final = 2
+# linux/fs.h: sync_file_range(2), to write back what is dirty and wait for it.
+_SYNC_FILE_RANGE_WAIT_BEFORE: Final = 1
+_SYNC_FILE_RANGE_WRITE: Final = 2
+_SYNC_FILE_RANGE_WAIT_AFTER: Final = 4
 
 
 class SparseFile:
@@ -160,6 +164,21 @@ class SparseFile:
         ):
             number = ctypes.get_errno()
             self._raise("cannot erase", OSError(number, os.strerror(number)), offset)
+
+    def write_back(self, offset: int, size_bytes: int) -> None:
+        """Have what the page cache has of a range written to disk; others may write meanwhile.
+
+        Raises:
+            DramError: it cannot be written.
+        """
+        if _libc.sync_file_range(
+            self._fd,
+            ctypes.c_int64(offset),
+            ctypes.c_int64(size_bytes),
+            _SYNC_FILE_RANGE_WAIT_BEFORE | _SYNC_FILE_RANGE_WRITE | _SYNC_FILE_RANGE_WAIT_AFTER,
+        ):
+            number = ctypes.get_errno()
+            self._raise("cannot write back", OSError(number, os.strerror(number)), offset)
 
     def data(self, offset: int, size_bytes: int) -> Iterator[tuple[int, int]]:
         """Where a range is no hole: (offset, offset behind it), ascending.

@@ -34,6 +34,7 @@ from mktme.engine.sidecar import (
 )
 from mktme.engine.snapshot import ContentsDigest, Snapshot
 from mktme.engine.sparse_file import SparseFile
+from mktme.engine.xts import PAGE_BYTES
 from mktme.service import wire
 from mktme.service.drains import Drains
 from mktme.service.vms import Vm
@@ -57,11 +58,13 @@ class _Capture:
     number: int
     path: Path
     vms: tuple[Vm, ...] | None
+    owner: object
     started_s: float = field(default_factory=time.monotonic)
     held: asyncio.Future[None] = field(default_factory=lambda: _future())
     taken: asyncio.Future[None] = field(default_factory=lambda: _future())
     released: asyncio.Future[float | None] = field(default_factory=lambda: _future())
-    task: asyncio.Task[None] | None = None
+    task: asyncio.Task[wire.CaptureDone] | None = None
+    snapshot: Snapshot | None = None
 
 
 class Captures:
@@ -94,12 +97,13 @@ class Captures:
         self._last = 0
         self._running: _Capture | None = None
 
-    def start(self, path: str, uuids: tuple[UUID, ...]) -> int:
+    def start(self, path: str, uuids: tuple[UUID, ...], owner: object) -> int:
         """Begin one; events tell how it goes on.
 
         Args:
             path: absolute path of the copy.
             uuids: whose memory; none: all of DRAM.
+            owner: whose it is: `leave`.
 
         Raises:
             CaptureError: there is one under way, or it cannot be as asked.
@@ -116,9 +120,11 @@ class Captures:
             raise CaptureError(f"no VM {missing[0]} on this platform")
         self._last += 1
         chosen = tuple(self._vms[one] for one in dict.fromkeys(uuids)) if uuids else None
-        capture = _Capture(self._last, Path(path), chosen)
+        capture = _Capture(self._last, Path(path), chosen, owner)
         self._running = capture
-        capture.task = asyncio.get_running_loop().create_task(self._run(capture))
+        capture.task = asyncio.get_running_loop().create_task(self._capture(capture))
+        # Not within it: one that is cancelled before its first step never gets there.
+        capture.task.add_done_callback(lambda task: self._ended(capture, task))
         return capture.number
 
     async def vms_held(self, number: int, problem: str | None) -> None:
@@ -143,35 +149,34 @@ class Captures:
         if task is not None:
             task.cancel()
 
+    def leave(self, owner: object) -> None:
+        """Nobody waits any more for what an owner began: as `cancel`."""
+        if self._running is not None and self._running.owner is owner:
+            self.cancel(self._running.number)
+
+    async def save(self, *regions: Region) -> None:
+        """Before DRAM's regions are erased, or kept elsewhere: copy what a capture needs of them.
+
+        That may be GiB, and who waits for the engine does not wait for all of it here. If there is
+        none under way, this returns without a pause.
+        """
+        if self._running is None or self._running.snapshot is None:
+            return
+        snapshot = self._running.snapshot
+        for region in regions:
+            for _ in snapshot.save(region):
+                await asyncio.sleep(0)
+
     def _known(self, number: int) -> _Capture:
         if self._running is None or self._running.number != number:
             raise CaptureError(f"no capture {number} is under way")
         return self._running
 
-    async def _run(self, capture: _Capture) -> None:
-        event: wire.CaptureDone | wire.CaptureFailed
-        try:
-            event = await self._capture(capture)
-        except MktmeError as error:
-            event = wire.CaptureFailed(
-                capture=capture.number,
-                error=type(error).__name__,
-                message=str(error),
-                hint=error.hint,
-            )
-        except asyncio.CancelledError:
-            event = wire.CaptureFailed(
-                capture=capture.number, error=CaptureError.__name__, message="cancelled"
-            )
-        except Exception as error:  # a fault of ours, as in `EngineServer._answer`
-            log.error("capture failed: %s", type(error).__name__)
-            event = wire.CaptureFailed(
-                capture=capture.number, error="InternalError", message=type(error).__name__
-            )
+    def _ended(self, capture: _Capture, task: asyncio.Task[wire.CaptureDone]) -> None:
         self._running = None
         if not capture.taken.done():
             capture.taken.set_result(None)  # whoever holds VMs for it lets them go on
-        self._announce(event)
+        self._announce(_outcome(capture.number, task))
 
     async def _capture(self, capture: _Capture) -> wire.CaptureDone:
         regions = (
@@ -183,12 +188,16 @@ class Captures:
             Snapshot(self._dram, capture.path, regions) as snapshot,
             NewFile(sidecar_path(capture.path)) as description,
         ):
-            # Not here: to write back what the page cache has of DRAM takes its time.
-            await _to_its_end(snapshot.rehearse)
+            capture.snapshot = snapshot
+            await _to_its_end(snapshot.prepare)
             sidecar, captured_at = await self._take(capture, snapshot)
             for _ in snapshot.copy():
                 await asyncio.sleep(0)
-            pause_s = await self._answer(capture.released) if capture.held.done() else None
+            pause_s = (
+                await _answer(capture.released, "let the VMs go on")
+                if capture.held.done()
+                else None
+            )
             has_macs = sidecar.integrity is not None or self._dram.has_macs
             record = CaptureRecord(
                 captured_at=captured_at,
@@ -216,10 +225,11 @@ class Captures:
             # What is in DRAM before they are held need not be brought there meanwhile.
             for vm in linked:
                 await self._drains.flush(vm)
+            snapshot.check_space()
             self._announce(
                 wire.HoldVms(capture=capture.number, vms=tuple(vm.uuid for vm in linked))
             )
-            await self._answer(capture.held)
+            await _answer(capture.held, "held the VMs")
         async with self._still:
             for vm in linked:
                 await self._drains.flush(vm)
@@ -237,15 +247,33 @@ class Captures:
         # What has an image of its own is in the copy.
         return msgspec.structs.replace(sidecar, modules=()), now
 
-    async def _answer(self, future: asyncio.Future[_T]) -> _T:
-        try:
-            async with asyncio.timeout(HOLD_TIMEOUT_S):
-                return await asyncio.shield(future)
-        except TimeoutError:
-            raise CaptureError(
-                f"nobody held the VMs within {HOLD_TIMEOUT_S:g} s",
-                hint="who started the platform does, unless it hangs",
-            ) from None
+
+async def _answer(future: asyncio.Future[_T], what: str) -> _T:
+    """Wait for whoever runs the VMs; `what` is what it is to say that it did."""
+    try:
+        async with asyncio.timeout(HOLD_TIMEOUT_S):
+            return await asyncio.shield(future)
+    except TimeoutError:
+        raise CaptureError(
+            f"nobody {what} within {HOLD_TIMEOUT_S:g} s",
+            hint="who started the platform does, unless it hangs",
+        ) from None
+
+
+def _outcome(
+    number: int, task: asyncio.Task[wire.CaptureDone]
+) -> wire.CaptureDone | wire.CaptureFailed:
+    """What is announced of a capture that ended."""
+    if task.cancelled():
+        return wire.CaptureFailed(capture=number, error=CaptureError.__name__, message="cancelled")
+    error = task.exception()
+    if error is None:
+        return task.result()
+    name = type(error).__name__
+    if isinstance(error, MktmeError):
+        return wire.CaptureFailed(capture=number, error=name, message=str(error), hint=error.hint)
+    log.error("capture failed: %s", name)  # a fault of ours, as in `EngineServer._answer`
+    return wire.CaptureFailed(capture=number, error="InternalError", message=name)
 
 
 def _future() -> asyncio.Future[Any]:
@@ -255,18 +283,26 @@ def _future() -> asyncio.Future[Any]:
 async def _to_its_end(work: Callable[[], None]) -> None:
     """Run in a thread what uses descriptors; who is cancelled meanwhile closes them after that."""
     running = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await running
-        raise
+    cancelled: asyncio.CancelledError | None = None
+    while not running.done():
+        try:
+            await asyncio.wait([running])  # which does not cancel it
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    running.result()
 
 
 async def _digest(new: NewFile) -> str:
     """What `CaptureRecord.digest` says, of a file that nobody writes any more."""
     digest = ContentsDigest()
     file = SparseFile(new.fd, new.path, 1)
+    done = 0
     for start, stop in file.data(0, file.size_bytes):
+        # The file system's blocks may be smaller than pages, and several runs in one of those.
+        start = max(done, start - start % PAGE_BYTES)
+        stop = done = min(file.size_bytes, stop + -stop % PAGE_BYTES)
         for offset in range(start, stop, _DIGEST_BYTES):
             data = np.empty(min(_DIGEST_BYTES, stop - offset), np.uint8)
             file.read_into(offset, data.data)

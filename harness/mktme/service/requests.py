@@ -40,6 +40,9 @@ class Requests:
         custody: what is told of this process's memory.
         drains: how a VM's writes get into DRAM.
         announce: tells the control clients of an event.
+
+    Attributes:
+        captures: those of this DRAM.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class Requests:
         self._custody = custody
         self._drains = drains
         self._keyids = KeyIds(self.package, self.vms, drains)
-        self._captures = Captures(
+        self.captures = Captures(
             dram,
             lambda vms: describe(dram, self.package, vms),
             self.vms,
@@ -66,8 +69,12 @@ class Requests:
             announce,
         )
 
-    async def handle(self, request: wire.Command) -> wire.Reply:
+    async def handle(self, request: wire.Command, client: object) -> wire.Reply:
         """Do what is asked.
+
+        Args:
+            request: what.
+            client: who asks; `leave` when it is gone.
 
         Raises:
             MktmeError: it is refused, or failed.
@@ -77,11 +84,12 @@ class Requests:
                 return self._status()
             case wire.AddVm():
                 async with self._keyids.lock:
-                    return self._add_vm(request)
+                    return await self._add_vm(request)
             case wire.RemoveVm(vm=uuid):
                 async with self._keyids.lock:
                     leaving = self._vm(uuid)
                     await self._drains.persist(leaving)
+                    await self._before_taken_out(leaving)
                     self._remove_vm(leaving)
             case wire.FlushVm(vm=uuid):
                 await self._drains.flush(self._vm(uuid))
@@ -96,13 +104,13 @@ class Requests:
             case wire.WriteSidecar():
                 return self._write_sidecar()
             case wire.StartCapture(path=path, vms=uuids):
-                return wire.CaptureStarted(capture=self._captures.start(path, uuids))
+                return wire.CaptureStarted(capture=self.captures.start(path, uuids, client))
             case wire.VmsHeld(capture=number, problem=problem):
-                await self._captures.vms_held(number, problem)
+                await self.captures.vms_held(number, problem)
             case wire.VmsReleased(capture=number, pause_ns=pause_ns):
-                self._captures.vms_released(number, pause_ns)
+                self.captures.vms_released(number, pause_ns)
             case wire.CancelCapture(capture=number):
-                self._captures.cancel(number)
+                self.captures.cancel(number)
             case wire.DecryptLines():
                 return self._decrypt(request)
             case wire.ReadMsr(msr=msr):
@@ -132,8 +140,13 @@ class Requests:
                 async with self._keyids.lock:
                     for one in tuple(self.vms.values()):
                         await self._drains.persist(one)
+                        await self._before_taken_out(one)
                     self._power(event)
         return wire.Done()
+
+    def leave(self, client: object) -> None:
+        """End what a client began and nobody waits for any more."""
+        self.captures.leave(client)
 
     def close(self) -> None:
         """End every link."""
@@ -147,7 +160,7 @@ class Requests:
         except KeyError:
             raise MktmeError(f"no VM {uuid} on this platform") from None
 
-    def _add_vm(self, request: wire.AddVm) -> wire.VmAdded:
+    async def _add_vm(self, request: wire.AddVm) -> wire.VmAdded:
         if request.vm in self.vms:
             raise MktmeError(f"VM {request.vm} is there already")
         if not request.name.isprintable():  # it gets into logs
@@ -161,7 +174,7 @@ class Requests:
             nvdimm = self._known_nvdimm(request.nvdimm)
             if nvdimm is not None:
                 undo.callback(nvdimm.close)
-            region = self._allocate(request, nvdimm)
+            region = await self._allocate(request, nvdimm)
             undo.callback(self.dram.free, region)
             keyid = self._keyids.program(request.mode, request.algorithm, request.key_file)
             undo.callback(self._keyids.clear, keyid)
@@ -214,23 +227,29 @@ class Requests:
         cipher = self.package.keys.cipher(keyid)
         return None if cipher is None else cipher.algorithm
 
-    def _allocate(self, request: wire.AddVm, nvdimm: Nvdimm | None) -> Region:
+    async def _allocate(self, request: wire.AddVm, nvdimm: Nvdimm | None) -> Region:
         """Set aside a VM's RAM, and right behind it its NVDIMM, which lies where it always did."""
         size_bytes = request.memory_bytes + request.dimm_bytes
         if request.nvdimm is not None:
             size_bytes += request.nvdimm.size_bytes
-        if nvdimm is None:
-            return self.dram.allocate(size_bytes)
-        base = nvdimm.base - request.memory_bytes
-        if base < 0 or base + size_bytes > self.dram.size_bytes:
-            raise AddressError(
-                f"{nvdimm.path} lies at {nvdimm.base:#x} of DRAM, and of"
-                f" {self.dram.size_bytes} bytes of it there are not {request.memory_bytes}"
-                f" below and {size_bytes - request.memory_bytes} above",
-                address=nvdimm.base,
-                hint="give the guest the memory that it had, or make DRAM larger",
-            )
+        base = None
+        if nvdimm is not None:
+            base = nvdimm.base - request.memory_bytes
+            if base < 0 or base + size_bytes > self.dram.size_bytes:
+                raise AddressError(
+                    f"{nvdimm.path} lies at {nvdimm.base:#x} of DRAM, and of"
+                    f" {self.dram.size_bytes} bytes of it there are not {request.memory_bytes}"
+                    f" below and {size_bytes - request.memory_bytes} above",
+                    address=nvdimm.base,
+                    hint="give the guest the memory that it had, or make DRAM larger",
+                )
+        await self.captures.save(self.dram.find_free(size_bytes, base))
         return self.dram.allocate(size_bytes, base)
+
+    async def _before_taken_out(self, vm: Vm) -> None:
+        if vm.nvdimm is not None:
+            base = vm.region.base + vm.memory_bytes
+            await self.captures.save(Region(base, vm.nvdimm.cells.size_bytes))
 
     def _take_out(self, vm: Vm) -> None:
         """Take a VM's NVDIMM, if it has one, out of DRAM."""
@@ -259,6 +278,7 @@ class Requests:
         if offset % PAGE_BYTES or size % PAGE_BYTES:
             raise AddressError("what is unplugged is whole pages", address=offset)
         async with vm.lock:
+            await self.captures.save(Region(vm.region.base + offset, size))
             if vm.path is None:
                 raise MktmeError(f"VM {vm.name} is not linked")
             vm.path.discard(offset // PAGE_BYTES, size // PAGE_BYTES)

@@ -202,6 +202,7 @@ class EngineServer:
         except OSError:
             writer.transport.abort()  # it is gone, or stopped reading or writing
         finally:
+            self._requests.leave(client)
             try:
                 await self._hang_up(client)
             finally:
@@ -249,7 +250,7 @@ class EngineServer:
                     f"an {client.role.value} may not send {type(request).__name__}",
                     hint="only an owner may, as the process that started the engine is",
                 )
-            return await self._requests.handle(request)
+            return await self._requests.handle(request, client)
         except MktmeError as error:
             return _failure(error)
         except Exception as error:
@@ -370,11 +371,16 @@ class EngineServer:
         # It owns the descriptors, also when it fails.
         link = await _aside(lambda: VmLink(hello, descriptors, pid))
         left.callback(link.close)
+        # Had it been linked before, DRAM would hold old memory where this one's is untouched.
+        stale = (
+            Region(vm.region.base, vm.memory_bytes),
+            Region(vm.region.end - vm.dimm_bytes, vm.dimm_bytes),
+        )
+        await self._requests.captures.save(*stale)
         if self._expected(hello) is not vm:
             raise LinkError(f"VM {hello.vm_uuid} is another by now")
-        # Had it been linked before, DRAM would hold old memory where this one's is untouched.
-        self._requests.dram.erase(Region(vm.region.base, vm.memory_bytes))
-        self._requests.dram.erase(Region(vm.region.end - vm.dimm_bytes, vm.dimm_bytes))
+        for region in stale:
+            self._requests.dram.erase(region)
         path = self._data_path(vm, link)
         if vm.nvdimm is not None:
             await self._power_on_nvdimm(vm, hello, link, path)

@@ -243,7 +243,8 @@ class CancelCapture(_Command, frozen=True):
 class DecryptLines(_Command, frozen=True):
     """Decrypt what a copy of DRAM holds with a key of the platform's.
 
-    For owners only. It gives them nothing that they could not have (docs/adr/0013).
+    For owners only. Of a KeyID without MACs it gives them nothing that they could not have; of one
+    with MACs, also what its lines would be that do not match theirs (docs/adr/0013).
 
     Attributes:
         keyid: whose key.

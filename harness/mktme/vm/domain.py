@@ -72,7 +72,8 @@ class Domain:
         self._holding = threading.Lock()
         self._pausing = threading.Lock()
         self._pauses = 0  # how many `paused` there are now
-        self._was_running = False  # before the first of them
+        self._was_running = False  # before the first of them, or asked for since
+        self._last_stop: Future[None] | None = None
         self._host = host
         self._transcript = transcript
         self._fault = fault
@@ -195,13 +196,13 @@ class Domain:
         """Hold the guest still: vCPUs stopped, and all device I/O finished (QEMU's vm_stop).
 
         Several can, from any threads: it goes on when the last is done, or stays paused if it was
-        when the first came.
+        when the first came. Whoever has it go on, or stop, meanwhile says what it does then.
         """
         with self._pausing:
             if self._pauses == 0:
-                self._was_running = not self.is_paused
+                self._was_running = not self.stands_still
                 if self._was_running:
-                    self.suspend()
+                    self._stop()
             self._pauses += 1
         try:
             yield
@@ -209,39 +210,27 @@ class Domain:
             with self._pausing:
                 self._pauses -= 1
                 if self._pauses == 0 and self._was_running:
-                    self.resume()
+                    self._go_on()
 
     def suspend(self) -> None:
-        """Stop the vCPUs.
+        """Stop the vCPUs; they stay so at the end of a `paused`, too.
 
         Raises:
             VmLostError: there is no QEMU any more, or its vCPUs do not stop: of an `inline` guest,
-                one may be waiting for memory.
+                one may be waiting for memory. Those that stop later go on.
         """
-        stopped: Future[None] = Future()
-
-        def stop() -> None:
-            try:
-                self._domain.suspend()
-            except libvirt.libvirtError as error:
-                stopped.set_exception(error)
-            else:
-                stopped.set_result(None)
-
-        # In a thread of its own, which ends with QEMU at the latest: who is in libvirt hears
-        # neither a deadline nor Ctrl-C.
-        threading.Thread(target=stop, name="mktme-suspend", daemon=True).start()
-        try:
-            self._call(lambda: stopped.result(_SUSPEND_TIMEOUT_S))
-        except TimeoutError as error:
-            why = f"{self.label}: its vCPUs did not stop in {_SUSPEND_TIMEOUT_S:g} s"
-            raise VmLostError(self.reason(why)) from error
+        with self._pausing:
+            if self._pauses == 0:
+                self._stop()
+            self._was_running = False
 
     def resume(self) -> None:
-        """Let the vCPUs run, or, while the guest is held, have `release` do so."""
-        with self._holding:
-            if self.trouble is None or self.spec.inline:
-                self._call(self._domain.resume)
+        """Let the vCPUs run, or, while the guest is held, have `release` or `paused` do so."""
+        with self._pausing:
+            if self._pauses:
+                self._was_running = True
+            else:
+                self._go_on()
 
     def hold(self, trouble: str) -> None:
         """Stop the vCPUs until `release`, whoever else resumes them; from any thread.
@@ -251,21 +240,76 @@ class Domain:
         """
         with self._holding:
             if not self.spec.inline:
-                self.suspend()
+                self._stop()
             self.trouble = trouble
 
     def release(self) -> None:
-        """End a `hold`."""
-        with self._holding:
-            if not self.spec.inline:
+        """End a `hold`; within a `paused`, the vCPUs run when that is over."""
+        if self.spec.inline:
+            # Not to wait for a `paused`: it may wait for what comes after this.
+            with self._holding:
+                self.trouble = None
+            return
+        with self._pausing, self._holding:
+            if self._pauses:
+                self._was_running = True
+            else:
                 self._call(self._domain.resume)
             self.trouble = None
+
+    def _stop(self) -> None:
+        """As `suspend`, whoever has it `paused`."""
+        stopped: Future[None] = Future()
+        self._last_stop = stopped
+
+        def stop() -> None:
+            error = None
+            try:
+                self._domain.suspend()
+            except libvirt.libvirtError as failure:
+                error = failure
+            if not stopped.set_running_or_notify_cancel():
+                # Nobody has waited for that any more. Who stopped it anew means it.
+                if error is None and self._last_stop is stopped:
+                    with contextlib.suppress(VmError):
+                        self.resume()
+            elif error is None:
+                stopped.set_result(None)
+            else:
+                stopped.set_exception(error)
+
+        # In a thread of its own, which ends with QEMU at the latest: who is in libvirt hears
+        # neither a deadline nor Ctrl-C.
+        threading.Thread(target=stop, name="mktme-suspend", daemon=True).start()
+        try:
+            self._call(lambda: stopped.result(_SUSPEND_TIMEOUT_S))
+        except TimeoutError as error:
+            if not stopped.cancel():  # they did just now
+                self._call(stopped.result)
+                return
+            why = f"{self.label}: its vCPUs did not stop in {_SUSPEND_TIMEOUT_S:g} s"
+            raise VmLostError(self.reason(why)) from error
+
+    def _go_on(self) -> None:
+        """As `resume`, whoever has it `paused`."""
+        with self._holding:
+            if self.trouble is None or self.spec.inline:
+                self._call(self._domain.resume)
 
     @property
     def is_paused(self) -> bool:
         """Whether libvirt has the guest as paused."""
+        return bool(self._state == libvirt.VIR_DOMAIN_PAUSED)
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether no vCPU runs: it is paused, or sleeps (ACPI S3), and cannot be paused then."""
+        return self._state in (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PMSUSPENDED)
+
+    @property
+    def _state(self) -> int:
         state: int = self._call(self._domain.state)[0]
-        return bool(state == libvirt.VIR_DOMAIN_PAUSED)
+        return state
 
     @property
     def is_active(self) -> bool:

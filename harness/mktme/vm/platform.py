@@ -193,6 +193,7 @@ class Platform:
         self.poisoned: list[wire.PagePoisoned] = []
         """What was found in DRAM that does not match its MAC, in this order."""
         self._captured: dict[int, wire.CaptureDone | wire.CaptureFailed] = {}
+        self._capturing = 0  # how many `capture` look for theirs in there
         self._aborted = False
         self._gone = False
         self._silence: str | None = None  # what is to be told of an engine that does not answer
@@ -431,14 +432,22 @@ class Platform:
         Raises:
             ServiceError: it failed, and nothing is left of it.
         """
-        number = self.engine.start_capture(path, [vm.uuid for vm in vms])
+        with self._changed:
+            self._capturing += 1
         try:
+            number = self.engine.start_capture(path, [vm.uuid for vm in vms])
+            try:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._gone or number in self._captured)
+                    event = self._captured.pop(number, None)
+            except BaseException:
+                self.engine.cancel_capture(number)
+                raise
+        finally:
             with self._changed:
-                self._changed.wait_for(lambda: self._gone or number in self._captured)
-                event = self._captured.pop(number, None)
-        except BaseException:
-            self.engine.cancel_capture(number)
-            raise
+                self._capturing -= 1
+                if not self._capturing:
+                    self._captured.clear()  # others' and cancelled ones
         if event is None:
             raise EngineGoneError(self._silence or "the engine is gone")
         return captured(event)
@@ -634,7 +643,8 @@ class Platform:
             case wire.PagePoisoned():
                 self.poisoned.append(event)
             case wire.CaptureDone(capture=number) | wire.CaptureFailed(capture=number):
-                self._captured[number] = event
+                if self._capturing:
+                    self._captured[number] = event
             case wire.DramCaughtUp(vm=one):
                 self._faults.pop(one, None)
             case wire.DramFull(vm=one, message=message) | wire.VmFault(vm=one, message=message):
@@ -671,23 +681,40 @@ class Platform:
         with self._changed:
             domains = [self._domains.get(one) for one in event.vms]
         problem: str | None = None
-        with contextlib.suppress(ServiceError):  # it is cancelled, or the engine gone
-            started: float | None = None
-            try:
-                with contextlib.ExitStack() as stack:
-                    for domain in domains:
-                        if domain is None:
-                            raise VmError("a VM is not up yet, or not any more: try again")
-                        if not domain.is_paused:
-                            started = time.monotonic() if started is None else started
-                        stack.enter_context(domain.paused())
-                    self.engine.vms_held(event.capture)
-            except VmError as error:
-                problem = str(error)
-            pause_s = None if started is None else time.monotonic() - started
+        started: float | None = None
+        try:
+            with contextlib.ExitStack() as stack:
+                for domain in domains:
+                    if domain is None:
+                        raise VmError("a VM is not up yet, or not any more: try again")
+                    if not domain.stands_still:
+                        started = time.monotonic() if started is None else started
+                    hold = contextlib.ExitStack()
+                    hold.enter_context(domain.paused())
+                    stack.callback(self._end_hold, domain, hold)
+                self.engine.vms_held(event.capture)
+        except VmError as error:
+            problem = str(error)
+        except ServiceError as error:  # it is cancelled, or the engine gone or too slow
+            log.info("capture %d: %s", event.capture, error)
+        pause_s = None if started is None else time.monotonic() - started
+        with contextlib.suppress(ServiceError):
             if problem is not None:
                 self.engine.vms_held(event.capture, problem)
             self.engine.vms_released(event.capture, pause_s)
+
+    def _end_hold(self, domain: Domain, hold: contextlib.ExitStack) -> None:
+        """Let a guest go on; that it does not is told, for nobody waits for it here."""
+        try:
+            hold.close()
+        except VmError as error:
+            log.error("%s does not go on after a capture: %s", domain.label, error)
+            try:
+                domain.resume()
+            except VmError as again:
+                if domain.is_active:  # else its end is told as any other's
+                    log.error("%s does not go on after a capture: %s", domain.label, again)
+                    self._notice(f"{domain.label} does not go on after a capture: {again}")
 
     def _hold_or_release(self, event: wire.DramFull | wire.DramCaughtUp) -> None:
         with self._changed:

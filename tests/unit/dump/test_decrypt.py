@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
+from typing import cast
 
 import msgspec
 import numpy as np
@@ -23,12 +25,11 @@ from mktme.dump.decrypt import (
     DecryptReport,
     SkippedKeyId,
     VmMemory,
-    WrongKeyError,
     decrypt,
 )
-from mktme.dump.formats import Format
+from mktme.dump.formats import Format, parse_vmcoreinfo
 from mktme.dump.image import DumpChangedError, DumpError, DumpImage
-from mktme.dump.keys import FileKeys
+from mktme.dump.keys import EngineKeys, FileKeys, WrongKeyError
 from mktme.engine.dram import mac_path
 from mktme.engine.errors import KeyMaterialError, OutputError, OutputExistsError
 from mktme.engine.keys import KeyDescription, KeyMode
@@ -43,6 +44,8 @@ from mktme.engine.sidecar import (
     write_sidecar,
 )
 from mktme.engine.xts import Algorithm
+from mktme.service import wire
+from mktme.service.client import EngineClient
 
 from ...vectors import reference
 from .conftest import DRAM_BYTES, PAGE, VM_BASE, VM_BYTES, VM_KEYID, MakeImage, describe
@@ -224,6 +227,29 @@ def test_elf_has_the_kernels_own_note(make_image: MakeImage, out: Path) -> None:
     assert out.read_bytes().endswith(text + bytes(-len(text) % 4))
 
 
+def test_guest_that_is_full_of_notes(
+    make_image: MakeImage, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is kept, and no more are looked at than a guest can have."""
+    looked: list[bytes] = []
+
+    def parse(memory: bytes) -> tuple[bytes, str] | None:
+        looked.append(memory)
+        return parse_vmcoreinfo(memory)
+
+    monkeypatch.setattr(decrypting, "NOTES_MAX", 5)
+    monkeypatch.setattr(decrypting, "parse_vmcoreinfo", parse)
+    releases = [f"-{number}-" for number in range(10)]
+    pages = {
+        number: note_of(note_of()[24:].replace(b"-51-", name.encode())).ljust(PAGE, b"\0")
+        for number, name in enumerate(releases)
+    }
+    report = run(make_image(vm_pages(pages)), out, Format.ELF)
+    assert len(looked) == 5
+    assert report.kernel == RELEASE.replace("-51-", releases[4])
+    assert out.read_bytes().rstrip(b"\0").endswith(pages[4].rstrip(b"\0"))
+
+
 def test_elf_without_a_kernel(make_image: MakeImage, out: Path) -> None:
     report = run(make_image(vm_pages({0: STRUCTURED})), out, Format.ELF)
     assert report.kernel is None
@@ -397,6 +423,46 @@ def test_macs_of_another_image(make_image: MakeImage, out: Path) -> None:
         run(image, out, keys={VM_KEYID: KEY[:32]})
 
 
+def test_keys_are_wiped_if_the_next_file_has_none(
+    make_image: MakeImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wiped: list[LineKey] = []
+    wipe = LineKey.wipe
+
+    def noted(key: LineKey) -> None:
+        wiped.append(key)
+        wipe(key)
+
+    monkeypatch.setattr(LineKey, "wipe", noted)
+    own = key_file(tmp_path / "own")
+    with DumpImage.open(make_image({})) as image:
+        vm = image.vm("alice")
+        with pytest.raises(KeyMaterialError):
+            FileKeys.read(image, vm, [str(own), "0=none"])
+        assert len(wiped) == 1
+        with FileKeys.read(image, vm, [str(own)]):
+            assert len(wiped) == 1
+    assert len(wiped) == 2
+
+
+def test_keyid_that_was_programmed_anew_without_macs(make_image: MakeImage) -> None:
+    """The engine does not look at what its key has no MACs for."""
+
+    class Client:
+        def status(self) -> object:
+            vm = SimpleNamespace(vm=describe().vms[0].uuid, keyid=VM_KEYID, base=VM_BASE)
+            return SimpleNamespace(vms=(vm,))
+
+        def decrypt(self, *_of: object) -> wire.Decrypted:
+            return wire.Decrypted(data=bytes(PAGE), bad=b"")
+
+    keys = EngineKeys(cast("EngineClient", Client()), describe().vms[0])
+    data, entries = np.ones(PAGE, np.uint8), np.ones(PAGE // LINE, np.uint32)
+    assert keys.decrypt(VM_KEYID, VM_BASE, data, None) is None
+    with pytest.raises(WrongKeyError, match=f"KeyID {VM_KEYID} has no MACs on the platform"):
+        keys.decrypt(VM_KEYID, VM_BASE, data, entries)
+
+
 # --- what is not right ------------------------------------------------------------------------
 
 
@@ -406,6 +472,7 @@ def test_macs_of_another_image(make_image: MakeImage, out: Path) -> None:
         ((), "does not say where alice has its memory"),
         (((0, 0, PAGE), (0, PAGE, PAGE)), "inconsistent"),
         (((0, 0, VM_BYTES + PAGE),), "inconsistent"),
+        ((((1 << 52) - PAGE, 0, 2 * PAGE),), "inconsistent"),
         (((1, 0, PAGE),), "inconsistent"),
         (((0, 0, 0),), "inconsistent"),
     ],

@@ -96,6 +96,34 @@ def test_directory_that_is_not_there(tmp_path: Path) -> None:
             NewFile(path)
 
 
+@pytest.mark.parametrize("name", ["n" * 256, "nul\0"])
+def test_names_that_no_file_can_have(anyhow: str, name: str, tmp_path: Path) -> None:
+    """Known before anything is done for it."""
+    with pytest.raises(OutputError, match="no file can be made there"):
+        NewFile(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_hidden_name_that_cannot_be_removed(
+    gone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its descriptors are closed all the same."""
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY | os.O_RDWR)
+    new = NewFile(tmp_path / "new")
+    (hidden,) = tmp_path.iterdir()
+    hidden.unlink()
+    if gone:
+        new.close()
+    else:
+        hidden.mkdir()
+        with pytest.raises(IsADirectoryError):
+            new.close()
+    new.close()
+    assert os.listdir("/proc/self/fd") == before
+
+
 @pytest.fixture
 def full(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for little."""

@@ -66,7 +66,7 @@ def test_copy_is_of_one_moment(dram: Dram, path: Path) -> None:
     for number, data in written.items():
         dram.write(number * PAGE, data)
     with Snapshot(dram, path, ALL) as snapshot:
-        snapshot.rehearse()
+        snapshot.prepare()
         snapshot.begin()
         assert snapshot.data_bytes == len(written) * PAGE
         dram.write(7 * PAGE + 64, b"n" * 64)  # a part of one
@@ -116,6 +116,38 @@ def test_whatever_is_written_meanwhile(tmp_path_factory: Any, data: st.DataObjec
             assert taken(snapshot) == before[0]
             assert os.pread(snapshot.macs.fd, SIZE, 0) == before[1]
     shutil.rmtree(directory)
+
+
+def test_much_that_is_about_to_be_erased_is_saved_bit_by_bit(dram: Dram, path: Path) -> None:
+    data = RANDOM.randbytes(SIZE)
+    dram.write(0, data)
+    with Snapshot(dram, path, ALL) as snapshot:
+        assert list(snapshot.save(ALL[0])) == []  # nothing is of a moment yet
+        snapshot.begin()
+        batches = snapshot.save(Region(PAGE, SIZE - PAGE))
+        assert next(batches) == COPY_PAGES
+        dram.write(SIZE - PAGE, b"n" * PAGE)  # others come in between
+        assert sum(batches) == PAGES - COPY_PAGES - 2
+        saved = snapshot.saved_bytes
+        assert saved == SIZE - PAGE
+        dram.erase(Region(PAGE, SIZE - PAGE))
+        assert snapshot.saved_bytes == saved
+        assert taken(snapshot) == data
+        assert list(snapshot.save(ALL[0])) == []
+
+
+def test_what_one_saves_when_it_is_over_is_not_the_next_ones(dram: Dram, path: Path) -> None:
+    dram.write(0, b"x" * SIZE)
+    with Snapshot(dram, path, ALL) as first:
+        first.begin()
+        batches = first.save(ALL[0])
+        next(batches)
+    with Snapshot(dram, path, ALL) as second:
+        second.begin()
+        assert list(batches) == []
+        first.close()
+        dram.write(0, b"n" * SIZE)
+        assert taken(second) == b"x" * SIZE
 
 
 def test_only_what_was_asked_for(dram: Dram, path: Path) -> None:
@@ -205,6 +237,13 @@ def sharing(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", place], check=True)
 
 
+def has_no_place_on_disk(file: Path) -> bool:
+    """Whether some of a file is in the page cache only (FIEMAP_EXTENT_DELALLOC)."""
+    told = subprocess.run(["filefrag", "-v", file], capture_output=True, text=True, check=True)
+    assert "ext:" in told.stdout
+    return "delalloc" in told.stdout
+
+
 @needs_root
 def test_reflink(sharing: Path) -> None:
     """The file system shares the blocks: the copy is there at once, and nothing is copied."""
@@ -213,7 +252,11 @@ def test_reflink(sharing: Path) -> None:
         dram.write(0, data)
         dram.write_macs(0, entries)
         with Snapshot(dram, sharing / "copy", ALL) as snapshot:
-            snapshot.rehearse()
+            assert has_no_place_on_disk(dram.path)
+            snapshot.prepare()
+            assert snapshot.method is CopyMethod.REFLINK
+            assert not has_no_place_on_disk(dram.path)
+            assert blocks(snapshot.image.fd) == 0  # so long as nobody stands still
             dram.write(0, data[:PAGE])
             snapshot.begin()
             assert snapshot.method is CopyMethod.REFLINK
@@ -228,24 +271,25 @@ def test_reflink(sharing: Path) -> None:
 def test_reflink_that_fails_at_the_moment_is_a_copy(
     dram: Dram, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers: list[int | OSError] = [0, OSError(errno.ENOSPC, "full")]
+    """As if the file system were full."""
+    asked: list[int] = []
 
     def ioctl(fd: int, request: int, argument: bytes) -> int:
-        os.pwrite(fd, b"half", 0)
-        answer = answers.pop(0)
-        if isinstance(answer, OSError):
-            raise answer
-        return answer
+        asked.append(int.from_bytes(argument[16:24], "little"))
+        if asked[-1]:
+            os.pwrite(fd, b"half", 0)
+            raise OSError(errno.ENOSPC, "full")
+        return 0
 
     dram.write(PAGE, b"x" * PAGE)
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
     with Snapshot(dram, path, ALL) as snapshot:
-        monkeypatch.setattr(fcntl, "ioctl", ioctl)
-        snapshot.rehearse()
+        snapshot.prepare()
         methods = [snapshot.method]
         snapshot.begin()
         assert [*methods, snapshot.method] == [CopyMethod.REFLINK, CopyMethod.COPY_ON_WRITE]
         assert taken(snapshot) == bytes(PAGE) + b"x" * PAGE + bytes(SIZE - 2 * PAGE)
-    assert answers == []
+    assert asked == [0, 0, SIZE]
 
 
 def test_digest_is_what_its_rule_says() -> None:

@@ -6,8 +6,10 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import threading
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import cast
 
@@ -17,10 +19,16 @@ import pytest
 
 from mktme.datapath.shadow import Track
 from mktme.dump.image import DumpImage
+from mktme.dump.info import check_digest
 from mktme.engine.dram import Dram, Region, mac_path
+from mktme.engine.errors import MktmeError
+from mktme.engine.firmware import PlatformConfig
 from mktme.engine.keys import KeyMode
+from mktme.engine.new_file import NewFile
+from mktme.engine.package import PowerEvent
 from mktme.engine.sidecar import CaptureRecord, sidecar_path
-from mktme.engine.snapshot import ContentsDigest
+from mktme.engine.snapshot import COPY_PAGES, ContentsDigest
+from mktme.engine.sparse_file import SparseFile
 from mktme.engine.xts import Algorithm
 from mktme.service import captures, wire
 from mktme.service.captures import CaptureError, Captures
@@ -32,10 +40,13 @@ from mktme.service.client import (
     captured,
 )
 from mktme.service.drains import Drains
+from mktme.service.requests import Requests
+from mktme.service.server import CONTROL_SOCKET
 from mktme.service.vms import Vm
 
 from ..conftest import DRAM_BYTES, Guests, MakeQemu, wait_event
 from ..fake_qemu import PAGE, FakeQemu
+from .conftest import CUSTODY
 
 DATA = os.urandom(5 * PAGE)
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
@@ -201,6 +212,76 @@ def test_one_that_is_not_wanted_any_more(guests: Guests, tmp_path: Path) -> None
     assert guests.read(qemu) == qemu.contents()
 
 
+def test_one_whose_owner_is_gone(
+    shared_engine: EngineProcess, make_qemu: MakeQemu, tmp_path: Path
+) -> None:
+    """It was killed, for instance: its connection ends. Those of others go on."""
+    with ExitStack() as stack:
+        guests = Guests(shared_engine, make_qemu, stack)
+        qemu, _ = guests.link()
+        starter, control = guests.client, Path(guests.link_socket).with_name(CONTROL_SOCKET)
+        for gone in (True, False):
+            other = stack.enter_context(EngineClient.connect(control, wire.Role.OWNER))
+            third = stack.enter_context(EngineClient.connect(control, wire.Role.OWNER))
+            capture = other.start_capture(tmp_path / "copy")
+            assert to_be_held(starter, capture) == (qemu.vm,)
+            if gone:
+                other.close()
+                with pytest.raises(EngineRefusedError, match="cancelled"):
+                    ended(starter, capture)
+                assert list(tmp_path.iterdir()) == []
+            else:
+                third.close()
+                starter.vms_held(capture)
+                starter.vms_released(capture, None)
+                ended(other, capture)
+
+
+def test_one_that_is_cancelled_before_it_begins(tmp_path: Path) -> None:
+    events: list[wire.Event] = []
+
+    async def run(dram: Dram) -> None:
+        drains = Drains(events.append)
+        requests = Requests(dram, PlatformConfig(), CUSTODY, drains, events.append)
+        for number in (1, 2):
+            assert requests.captures.start(str(tmp_path / "copy"), (), None) == number
+            running = requests.captures._running
+            assert running is not None
+            assert running.task is not None
+            requests.captures.cancel(number)
+            await asyncio.wait([running.task])
+            assert running.taken.done()
+
+    with Dram.create(tmp_path / "dram", PAGE) as dram:
+        asyncio.run(run(dram))
+    assert events == [
+        wire.CaptureFailed(capture=number, error="CaptureError", message="cancelled")
+        for number in (1, 2)
+    ]
+
+
+def test_what_uses_descriptors_ends_before_they_are_closed() -> None:
+    """However often who waits for it is cancelled."""
+    begun, may_end = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        assert may_end.wait(20)
+
+    async def run() -> None:
+        task = asyncio.ensure_future(captures._to_its_end(work))
+        await asyncio.to_thread(begun.wait, 20)
+        for _ in range(3):
+            task.cancel()
+            await asyncio.wait([task], timeout=0)
+            assert not task.done()
+        may_end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+
+
 def test_vms_that_come_and_go_meanwhile(guests: Guests, tmp_path: Path) -> None:
     client = guests.client
     qemu, _ = guests.link()
@@ -265,10 +346,10 @@ def test_engine_killed_meanwhile_leaves_nothing(
 
 @pytest.fixture
 def small_file_system(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for half of the VM's memory."""
+    """A file system with room for twice the VM's memory, and not for four times that."""
     place = tmp_path / "small"
     place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", place], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", place], check=True)
     try:
         yield place
     finally:
@@ -285,6 +366,7 @@ def test_full_disk_is_not_the_guests_business(
     qemu.dma(0, os.urandom(qemu.ram_bytes))
     capture = client.start_capture(small_file_system / "copy", [qemu.vm])
     to_be_held(client, capture)
+    (small_file_system / "others").write_bytes(bytes(384 << 10))
     client.vms_held(capture)
     if written:
         qemu.dma(0, os.urandom(qemu.ram_bytes))
@@ -292,9 +374,59 @@ def test_full_disk_is_not_the_guests_business(
     with pytest.raises(EngineRefusedError, match="No space left on device") as caught:
         ended(client, capture)
     assert "make space" in (caught.value.hint or "")
-    assert list(small_file_system.iterdir()) == []
+    assert os.listdir(small_file_system) == ["others"]
     client.flush(qemu.vm)
     assert guests.read(qemu) == qemu.contents()
+
+
+@needs_root
+def test_guests_are_not_held_for_what_does_not_fit(guests: Guests, small_file_system: Path) -> None:
+    """And what is written just before counts."""
+    client = guests.client
+    qemu, _ = guests.link(256)
+    qemu.dma(0, os.urandom(qemu.ram_bytes))
+    capture = client.start_capture(small_file_system / "copy", [qemu.vm])
+    event = client.events.get(timeout=60)
+    while not isinstance(event, wire.CaptureFailed):
+        assert not isinstance(event, wire.HoldVms)
+        event = client.events.get(timeout=60)
+    assert (event.capture, event.error) == (capture, "OutputError")
+    assert "takes about 2 MiB, and 0 MiB are free" in event.message
+    assert "make space" in (event.hint or "")
+    assert list(small_file_system.iterdir()) == []
+
+
+@pytest.fixture
+def small_blocks(tmp_path: Path) -> Iterator[Path]:
+    """A file system with four blocks to a page."""
+    disk, place = tmp_path / "disk", tmp_path / "ext4"
+    with disk.open("wb") as file:
+        file.truncate(32 << 20)
+    place.mkdir()
+    subprocess.run(["mkfs.ext4", "-q", "-b", "1024", disk], check=True)
+    subprocess.run(["mount", "-o", "loop", disk, place], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+@needs_root
+def test_digest_where_blocks_are_smaller_than_pages(small_blocks: Path) -> None:
+    """Of each page of the MACs, some blocks alone; and whole pages, and a tail that is none."""
+    path, size = small_blocks / "file", 8 * PAGE + 256
+    holds = [(1024, 1024), (3072, 1024), (PAGE + 2048, 1024), (3 * PAGE, 3 * PAGE), (8 * PAGE, 256)]
+    with NewFile(path, size) as new:
+        for offset, length in holds:
+            new.write(offset, os.urandom(length))
+        digest = asyncio.run(captures._digest(new))
+        runs = list(SparseFile(new.fd, path, 1).data(0, size))
+        new.publish()
+    assert any(stop % PAGE for _, stop in runs[:-1])
+    assert any(start % PAGE for start, _ in runs)
+    assert digest == contents(path)
+    with DumpImage.open_raw(path) as image:
+        check_digest(image, digest)
 
 
 def test_lines_to_decrypt_that_are_none(guests: Guests) -> None:
@@ -310,6 +442,126 @@ def test_lines_to_decrypt_that_are_none(guests: Guests) -> None:
     assert caught.value.error == "KeyIdError"
     with pytest.raises(EngineRefusedError, match="not a valid request"):
         guests.client.decrypt(added.keyid, 0, bytes(wire.DECRYPT_MAX_BYTES + 64))
+
+
+def test_copy_is_of_the_moment_while_dram_is_written(tmp_path: Path) -> None:
+    """All of it is written anew when next to nothing of it is copied."""
+    size = 16 * COPY_PAGES * PAGE
+    data = os.urandom(size)
+    events: list[wire.Event] = []
+
+    async def run(dram: Dram) -> None:
+        drains = Drains(events.append)
+        requests = Requests(dram, PlatformConfig(), CUSTODY, drains, events.append)
+        requests.captures.start(str(tmp_path / "copy"), (), None)
+        running = requests.captures._running
+        assert running is not None
+        assert running.task is not None
+        await running.taken
+        dram.write(0, bytes(size))
+        await running.task
+
+    with Dram.create(tmp_path / "dram", size) as dram:
+        dram.write(0, data)
+        asyncio.run(run(dram))
+    (done,) = events
+    assert isinstance(done, wire.CaptureDone)
+    assert (tmp_path / "copy").read_bytes() == data
+    assert done.record.data_bytes == size
+    assert size // 2 < done.record.saved_bytes < size
+
+
+def test_vm_that_comes_while_dram_is_copied(tmp_path: Path) -> None:
+    """What its memory held is saved bit by bit, and the engine has time for others meanwhile."""
+    size = 64 * COPY_PAGES * PAGE
+    data = os.urandom(size)
+    erased: list[int] = []
+
+    async def run(dram: Dram) -> None:
+        events: list[wire.Event] = []
+        drains = Drains(events.append)
+        requests = Requests(dram, PlatformConfig(), CUSTODY, drains, events.append)
+        captures = requests.captures
+        captures.start(str(tmp_path / "copy"), (), None)
+        running = captures._running
+        assert running is not None
+        await running.taken
+        assert running.snapshot is not None
+        before_write = dram.before_write
+        assert before_write is not None
+
+        def before(address: int, size_bytes: int) -> None:
+            assert running.snapshot is not None
+            saved = running.snapshot.saved_bytes
+            before_write(address, size_bytes)
+            erased.append(running.snapshot.saved_bytes - saved)
+
+        dram.before_write = before
+        request = wire.AddVm(
+            vm=uuid.UUID(int=1),
+            name="alice",
+            memory_bytes=size,
+            track=Track.STORES,
+            algorithm=Algorithm.AES_XTS_128,
+            mode=KeyMode.RANDOM,
+        )
+        added = await requests.handle(request, None)
+        assert isinstance(added, wire.VmAdded)
+        assert running.snapshot.saved_bytes > COPY_PAGES * PAGE
+        dram.before_write = before_write
+        assert running.task is not None
+        await running.task
+        (done,) = events
+        assert isinstance(done, wire.CaptureDone)
+
+    with Dram.create(tmp_path / "dram", size) as dram:
+        dram.write(0, data)
+        asyncio.run(run(dram))
+    assert erased == [0]  # nothing was left to be saved at once
+    assert (tmp_path / "copy").read_bytes() == data
+
+
+def test_what_a_capture_is_told_of_before_it_changes_hands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A VM's memory, its NVDIMM, and a DIMM that is unplugged: each may be GiB."""
+    told: list[Region] = []
+
+    async def save(_captures: Captures, *regions: Region) -> None:
+        told.extend(regions)
+
+    monkeypatch.setattr(Captures, "save", save)
+    vm, mib = uuid.UUID(int=1), 1 << 20
+
+    async def run(dram: Dram) -> None:
+        requests = Requests(dram, PlatformConfig(), CUSTODY, Drains(lambda _: None), lambda _: None)
+
+        async def ask(request: wire.Command) -> list[Region]:
+            told.clear()
+            await requests.handle(request, None)
+            return list(told)
+
+        add = wire.AddVm(
+            vm=vm,
+            name="alice",
+            memory_bytes=4 * mib,
+            track=Track.STORES,
+            algorithm=Algorithm.AES_XTS_128,
+            mode=KeyMode.RANDOM,
+            nvdimm=wire.NvdimmFile(path=str(tmp_path / "nv"), size_bytes=2 * mib, shared=False),
+            dimm_bytes=mib,
+        )
+        assert await ask(add) == [Region(0, 7 * mib)]
+        with pytest.raises(MktmeError, match="not linked"):
+            await ask(wire.DiscardMemory(vm=vm, ram_offset=6 * mib, size_bytes=mib))
+        assert told == [Region(6 * mib, mib)]
+        nvdimm = [Region(4 * mib, 2 * mib)]
+        assert await ask(wire.RemoveVm(vm=vm)) == nvdimm
+        await ask(add)
+        assert await ask(wire.PowerPlatform(event=PowerEvent.POWER_CYCLE)) == nvdimm
+
+    with Dram.create(tmp_path / "dram", 16 * mib) as dram:
+        asyncio.run(run(dram))
 
 
 def test_nobody_holds_the_guests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -334,13 +586,13 @@ def test_nobody_holds_the_guests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
             asyncio.Lock(),
             events.append,
         )
-        number = one.start(str(tmp_path / "copy"), ())
+        number = one.start(str(tmp_path / "copy"), (), None)
         with pytest.raises(CaptureError, match="already"):
-            one.start(str(tmp_path / "copy"), ())
+            one.start(str(tmp_path / "copy"), (), None)
         running = one._running
         assert running is not None
         assert running.task is not None
-        await running.task
+        await asyncio.wait([running.task])
         with pytest.raises(CaptureError, match=f"no capture {number}"):
             one.cancel(number)
 
