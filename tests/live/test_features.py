@@ -20,13 +20,13 @@ from mktme.proof.features.subject import Subject
 pytestmark = pytest.mark.timeout(900)
 
 GUESTS = [(scenario, datapath) for scenario in SCENARIOS for datapath in DataPath]
-# The rest is for `make nightly`; and so are rows that boot a guest once more.
+# The rest is for `make nightly`.
 IN_EVERY_RUN = {"devices-inline", "iommu-shadow"}
 NAMES = [f"{scenario.name}-{datapath.value}" for scenario, datapath in GUESTS]
 
 
 def nightly(name: str, row: Row) -> list[pytest.MarkDecorator]:
-    return [] if name in IN_EVERY_RUN and not row.boots_again else [pytest.mark.nightly]
+    return [] if name in IN_EVERY_RUN and not row.nightly else [pytest.mark.nightly]
 
 
 @pytest.fixture(scope="module")

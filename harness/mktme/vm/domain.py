@@ -340,12 +340,11 @@ class Domain:
                 lambda: self._domain.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN)
             )
             left = deadline - time.monotonic()
-            if left <= _PRESS_AGAIN_S:
-                self.console.wait_end(left)
-                return
             with contextlib.suppress(VmLostError):
-                self.console.wait_end(_PRESS_AGAIN_S)
+                self.console.wait_end(min(left, _PRESS_AGAIN_S))
                 return
+            if left <= _PRESS_AGAIN_S:
+                raise VmLostError(f"the guest is still there after {timeout_s:g} s")
 
     def reset(self, timeout_s: float) -> None:
         """Push the reset button, and wait for the guest's shell: the same QEMU boots it anew.
