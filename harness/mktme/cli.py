@@ -247,7 +247,9 @@ def run(
         if key_file is not None:
             raise UsageError("--no-encrypt has no use for --key-file", hint="leave one of them out")
         mode = KeyMode.NO_ENCRYPT
-    page = Page(json, html)
+    module = None if nvdimm is None else parse_nvdimm(nvdimm)
+    in_module = None if module is None else module.path
+    page = Page(json, html, dram, disk_image, ssh_key, key_file, platform, in_module)
     qemu = None if emulator is None else emulator_path(emulator)
     memory_bytes = guest_memory(memory, vcpus)
     window_bytes = None if window is None else parse_window(window, memory_bytes)
@@ -259,7 +261,6 @@ def run(
         one.ram_offset(memory_bytes, machine)
     if ssh_port is not None and guests > 1:
         raise UsageError("one port for several guests", hint="leave --ssh-port out")
-    module = None if nvdimm is None else parse_nvdimm(nvdimm)
     if module is not None and guests > 1:
         raise UsageError("an NVDIMM is one guest's", hint="leave --guests out")
     set_up = None if platform is None else read_platform(platform)
@@ -319,7 +320,7 @@ def demo(
     html: HtmlOption = None,
 ) -> None:
     """The main job: two guests side by side under different keys, all proofs and their controls."""
-    page = Page(json, html)
+    page = Page(json, html, platform)
     memory_bytes = guest_memory(memory)
     firmware = None if platform is None else read_platform(platform)
     demo_demand(memory_bytes, algorithm).check(firmware)

@@ -88,7 +88,7 @@ def search(
     from mktme.dump.patterns import MAX_MATCH_BYTES, Pattern, PatternError, Searcher
     from mktme.dump.search import search as search_image
 
-    check_json(json)
+    check_json(json, image, sidecar)
     longest = parse_size(max_match)
     if not 1 <= longest <= MAX_MATCH_BYTES:
         raise UsageError(

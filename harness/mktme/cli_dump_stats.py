@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mktme.cli_narration import narrate
-from mktme.cli_options import ExitCode, JsonOption, check_json
+from mktme.cli_options import ExitCode, JsonOption, check_file, check_json
 from mktme.cli_output import make_table, out
 from mktme.dump.cluster import Source, Workers
 from mktme.dump.diff import DiffReport, ZoneDiff, dump_diff
@@ -75,7 +75,7 @@ def stats(
 
     Exit status 1: memory that is to be encrypted does not look so.
     """
-    check_json(json)
+    check_json(json, image, sidecar)
     source, workers = _source(image, sidecar, raw), _workers(scheduler, threads)
     with narrate() as narrator, narrator.step(f"reading {image.name}") as progress:
         report = dump_stats(source, workers, progress)
@@ -103,7 +103,7 @@ def diff(
     json: JsonOption = None,
 ) -> None:
     """Compare images of the same memory: what was written, and what is as it was."""
-    check_json(json)
+    check_json(json, a, b, c)
     one, two = _source(a, None, raw), _source(b, None, raw)
     three = None if c is None else _source(c, None, raw)
     with narrate() as narrator, narrator.step(f"comparing {a.name} with {b.name}") as progress:
@@ -151,16 +151,7 @@ def draw_map(
         raise UsageError(
             f"-o {output}: a picture is .png or .svg", hint="name a file of one of the two"
         ) from None
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise UsageError(
-            f"-o {output}: no file can be written there",
-            hint="name a file in a directory that exists",
-        )
-    if output.exists() and any(
-        path is not None and path.exists() and path.samefile(output)
-        for path in (image, other, plaintext, sidecar)
-    ):
-        raise UsageError(f"-o {output}: that is what is to be read", hint="name another file")
+    check_file("-o", output, image, other, plaintext, sidecar)
     if (what is What.DIFFERENCE) != (other is not None):
         raise UsageError(
             "--what difference and --with FILE go together",

@@ -177,6 +177,14 @@ def test_bad_expression_says_what_is_wrong(mktme: Mktme, dram: Path) -> None:
     assert "without back-references and look-around" in result.err
 
 
+@pytest.mark.parametrize("suffix", ["", ".json", ".mac"])
+def test_report_does_not_replace_the_image(mktme: Mktme, dram: Path, suffix: str) -> None:
+    output = dram.with_name(dram.name + suffix)
+    result = mktme("dump", "search", dram, "--text", "x", "--json", output)
+    assert result.code == ExitCode.USAGE
+    assert f"--json {output}: it would take the place of {output}" in result.err
+
+
 def test_missing_sidecar(mktme: Mktme, raw: Path) -> None:
     result = mktme("dump", "search", raw, "--text", "Needle")
     assert (result.code, result.out) == (ExitCode.RUN_FAILED, "")

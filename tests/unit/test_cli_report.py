@@ -101,11 +101,11 @@ def test_page_does_not_replace_what_it_is_made_of(
 ) -> None:
     image = make_image({})
     (tmp_path / "link.html").symlink_to(run_json)
-    for output in (run_json, image, tmp_path / "link.html"):
+    for output in (run_json, image, tmp_path / "dram.json", tmp_path / "link.html"):
         before = output.read_bytes()
         result = mktme("report", run_json, image, "-o", output)
         assert result.code == ExitCode.USAGE
-        assert "that is what the page is made of" in result.err
+        assert f"-o {output}: it would take the place of" in result.err
         assert output.read_bytes() == before
 
 
@@ -217,4 +217,20 @@ def test_page_that_cannot_be_written_is_known_before_the_run(
     result = mktme(command, "--html", tmp_path / "x", "--json", tmp_path / "x")
     assert result.code == ExitCode.USAGE
     assert f"--html {tmp_path}/x: --json has that file" in result.err
+    assert look == []
+
+
+@pytest.mark.parametrize("option", ["--json", "--html"])
+@pytest.mark.parametrize(
+    "source", ["--dram", "--image", "--key-file", "--ssh-key", "--platform", "--nvdimm"]
+)
+def test_report_of_a_run_takes_nothings_place(
+    mktme: Mktme, look: list[RunOptions], tmp_path: Path, option: str, source: str
+) -> None:
+    path = tmp_path / "x"
+    given = f"{path}:16M" if source == "--nvdimm" else path
+    for output in (path, tmp_path / "x.json", tmp_path / "x.mac"):
+        result = mktme("run", source, given, option, output)
+        assert result.code == ExitCode.USAGE
+        assert f"{option} {output}: it would take the place of {output}" in result.err
     assert look == []
