@@ -267,8 +267,8 @@ def _print_method(report: StatsReport) -> None:
     lines = (
         f"structured: a page of less than {limits.whole_page_entropy:.4f} bits per byte (random:"
         f" {zone.page_entropy_of_random:.4f}),",
-        f"  chi² with p < {limit} or > 1 - {limit} ({DEGREES_OF_FREEDOM} degrees of freedom), or a"
-        " repetition",
+        f"  chi² with p < {limit} or > 1 - {limit} ({DEGREES_OF_FREEDOM} degrees of freedom),",
+        f"  a string so long with p < {limit}, zlib under {limits.compression:.0%}, a repetition",
         f"looked at: {_sampled(report.blocks, 'blocks')}, {_sampled(report.lines, 'lines')}; zlib:"
         f" {'every page' if sample == 1 else f'1 page in {sample}'}",
     )

@@ -39,6 +39,8 @@ from mktme.engine.xts import LINE_BYTES, PAGE_BYTES, Algorithm
 
 P_LIMIT: Final = 1e-6
 """Chi-square so far out, to either side, is no chance: once in half a million images."""
+COMPRESSION_LIMIT: Final = 1.0
+"""zlib makes noise larger, by its frame of 9 to 11 bytes a page; never smaller."""
 MIN_LINES: Final = 20
 """Chi-square wants 5 bytes of each value: 1280 bytes."""
 
@@ -61,13 +63,16 @@ class Thresholds:
     Attributes:
         page_deviations: a page whose entropy is that many deviations below a random page's mean.
         whole_page_entropy: what that is for a page of 64 written lines, bits per byte.
-        p_value: chi-square less likely than this, too large or too small.
-        min_lines: with fewer written lines nothing is said.
+        p_value: chi-square less likely than this, too large or too small; or strings as long as
+            the longest, of which random bytes have fewer than this.
+        compression: zlib's output by its input: less than this.
+        min_lines: with fewer written lines nothing is said of chi-square, and none look encrypted.
     """
 
     page_deviations: float
     whole_page_entropy: float
     p_value: float
+    compression: float
     min_lines: int
 
 
@@ -269,6 +274,7 @@ def _report(image: DumpImage, tallies: dict[int, Tally], sampling: Sampling) -> 
         page_deviations=PAGE_DEVIATIONS,
         whole_page_entropy=float(structured_below()[-1]),
         p_value=P_LIMIT,
+        compression=COMPRESSION_LIMIT,
         min_lines=MIN_LINES,
     )
     keyids = tuple(
@@ -303,7 +309,8 @@ def _zone(image: DumpImage, zone: int, pages: int, tally: Tally, sampling: Sampl
     p_value = None if chi is None else chi_square_p(chi)
     blocks = _repeats(tally.blocks, BLOCK_BYTES, sampling.shift)
     lines = _repeats(tally.line_values, LINE_BYTES, sampling.shift)
-    reasons = _reasons(tally, p_value, blocks, lines)
+    ratio = tally.compressed_to / tally.compressed_from if tally.compressed_from else None
+    reasons = _reasons(tally, p_value, ratio, blocks, lines)
     return ZoneStats(
         keyid=keyid,
         excluded=zone == EXCLUDED,
@@ -330,7 +337,7 @@ def _zone(image: DumpImage, zone: int, pages: int, tally: Tally, sampling: Sampl
             pages=tally.compressed_pages,
             bytes_before=tally.compressed_from,
             bytes_after=tally.compressed_to,
-            ratio=tally.compressed_to / tally.compressed_from if tally.compressed_from else None,
+            ratio=ratio,
         ),
         strings=_strings(tally),
         byte_histogram=tuple(tally.histogram.tolist()),
@@ -349,7 +356,7 @@ def _verdict(tally: Tally, reasons: tuple[str, ...]) -> Verdict:
 
 
 def _reasons(
-    tally: Tally, p_value: float | None, blocks: Repeats, lines: Repeats
+    tally: Tally, p_value: float | None, ratio: float | None, blocks: Repeats, lines: Repeats
 ) -> tuple[str, ...]:
     found: list[str] = []
     if tally.first_structured is not None:
@@ -365,6 +372,19 @@ def _reasons(
     for what, one in (("16-byte blocks", blocks), ("lines", lines)):
         if one.repeated:
             found.append(f"{one.repeated:,} of {one.counted:,} {what} come more than once")
+    if ratio is not None and ratio < COMPRESSION_LIMIT:
+        found.append(f"zlib makes it smaller: {ratio:.1%}")
+    for encoding, strings, width, share in (
+        ("ASCII", tally.ascii, 1, _PRINTABLE),
+        ("UTF-16LE", tally.utf16, 2, _PRINTABLE / SYMBOLS),
+    ):
+        for longest in strings.longest[:1]:
+            chars = tally.lines * LINE_BYTES // width
+            if _by_chance(chars, tally.pages, longest.chars, share) < P_LIMIT:
+                found.append(
+                    f"{longest.chars:,} printable characters of {encoding} in a row, at"
+                    f" {longest.address:#x}: no chance"
+                )
     return tuple(found)
 
 

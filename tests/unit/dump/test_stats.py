@@ -37,6 +37,23 @@ def zone(report: StatsReport, keyid: int, *, excluded: bool = False) -> ZoneStat
     return found
 
 
+def with_line(line: bytes) -> bytes:
+    """Ciphertext but for one line, in the middle of it."""
+    ciphertext = encrypt(PLAINTEXT, VM_BASE)
+    at = VM_BYTES // 4 + 64
+    return ciphertext[:at] + line + ciphertext[at + 64 :]
+
+
+def shifted_copies() -> bytes:
+    """Noise, some of which comes again in each page, but not as a whole block of the cipher."""
+    rng = random.Random(2)
+    pages = []
+    for _ in range(VM_BYTES // PAGE):
+        page = rng.randbytes(PAGE - 200)
+        pages.append(page[:1000] + page[:200] + page[1000:])
+    return b"".join(pages)
+
+
 def test_ciphertext_looks_encrypted(make_image: MakeImage) -> None:
     path = make_image({VM_BASE: encrypt(PLAINTEXT, VM_BASE)})
     report = dump_stats(Source(path))
@@ -71,8 +88,21 @@ def test_ciphertext_looks_encrypted(make_image: MakeImage) -> None:
             "1 of 128 pages have too little entropy, the first at 0xbf000",
         ),
         (random.Random(1).randbytes(VM_BYTES // 2 - 16) * 2 + bytes(32), "16-byte blocks come mor"),
+        (with_line(PLAINTEXT[:64]), "67 printable characters of ASCII in a row, at 0x6003e"),
+        (with_line(PLAINTEXT[:32].decode().encode("utf-16le")), "32 printable characters of UTF-1"),
+        (shifted_copies(), "zlib makes it smaller: 96."),
     ],
-    ids=["plaintext", "plaintext-bytes", "no-tweak", "counter", "one-page", "copy"],
+    ids=[
+        "plaintext",
+        "plaintext-bytes",
+        "no-tweak",
+        "counter",
+        "one-page",
+        "copy",
+        "one-line",
+        "one-line-of-utf16",
+        "shifted-copy",
+    ],
 )
 def test_what_is_to_be_encrypted_and_is_not(
     make_image: MakeImage, content: bytes, reason: str
