@@ -57,6 +57,7 @@ from mktme.engine.errors import (
 )
 from mktme.engine.firmware import FirmwareError, PlatformConfigError
 from mktme.engine.keys import KeyMode
+from mktme.engine.text import shown
 from mktme.engine.xts import Algorithm
 from mktme.proof import runs
 from mktme.proof.bench import CONFIGURATIONS, BenchReport, bench
@@ -390,9 +391,15 @@ def main() -> None:
             err.print("mktme: interrupted; everything was taken down", style="yellow")
         raise
     except MktmeError as error:
-        err.print(f"mktme: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        err.print(
+            f"mktme: {shown(str(error))}",
+            style="red",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
         if error.hint is not None:
-            err.print(f"  hint: {error.hint}", markup=False, highlight=False, soft_wrap=True)
+            err.print(f"  hint: {shown(error.hint)}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(_exit_code(error))
 
 

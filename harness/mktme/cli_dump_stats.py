@@ -27,6 +27,7 @@ from mktme.dump.stats import (
     dump_stats,
     short,
 )
+from mktme.engine.text import shown
 from mktme.engine.xts import LINE_BYTES, PAGE_BYTES
 from mktme.proof.report import write_json, write_whole
 from mktme.vm.host import UsageError
@@ -203,7 +204,7 @@ def _print_stats(report: StatsReport) -> None:
 
 def _stats_table(report: StatsReport) -> Table:
     title = (
-        f"{escape(Path(report.image).name)}: {_size(report.size_bytes)}, of which"
+        f"{escape(shown(Path(report.image).name))}: {_size(report.size_bytes)}, of which"
         f" {_size(report.lines_written * LINE_BYTES)} written"
     )
     figures = (
@@ -312,7 +313,7 @@ def _size(size_bytes: int) -> str:
 
 
 def _print_diff(report: DiffReport) -> None:
-    names = [Path(path).name for path in (report.image_a, report.image_b)]
+    names = [shown(Path(path).name) for path in (report.image_a, report.image_b)]
     figures = ("equal", "changed", "only in A", "only in B")
     title = f"A {escape(names[0])}, B {escape(names[1])}: {_size(report.size_bytes)}"
     table = make_table(title, "KeyID", "", *figures, right=figures)
@@ -346,7 +347,7 @@ def _changed_table(report: DiffReport) -> Table:
     title = "Changed lines, by how many of their 16-byte blocks differ"
     if report.image_c is not None:
         figures += ["as in A", "as in B", "neither"]
-        title += f"; and what C, {escape(Path(report.image_c).name)}, has there"
+        title += f"; and what C, {escape(shown(Path(report.image_c).name))}, has there"
     table = make_table(title, "KeyID", *figures, right=tuple(figures))
     for zone in report.keyids:
         if zone.bits_changed is None:
