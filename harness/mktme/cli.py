@@ -6,7 +6,10 @@ The library raises; this module alone prints errors and chooses the exit code.
 
 from __future__ import annotations
 
+import io
+import os
 import sys
+import traceback
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from statistics import median
@@ -57,7 +60,7 @@ from mktme.engine.errors import (
 )
 from mktme.engine.firmware import FirmwareError, PlatformConfigError
 from mktme.engine.keys import KeyMode
-from mktme.engine.text import shown
+from mktme.engine.text import shown, spelled
 from mktme.engine.xts import Algorithm
 from mktme.proof import runs
 from mktme.proof.bench import CONFIGURATIONS, BenchReport, bench
@@ -292,7 +295,7 @@ def run(
         dram=dram,
         reference=reference,
         platform=set_up,
-        arguments=tuple(sys.argv[1:]),
+        arguments=tuple(map(spelled, sys.argv[1:])),
     )
     with ExitStack() as telling:
         narrator = telling.enter_context(narrate())
@@ -326,7 +329,8 @@ def demo(
     firmware = None if platform is None else read_platform(platform)
     demo_demand(memory_bytes, algorithm).check(firmware)
     config = VmConfig(image(guest), memory_bytes=memory_bytes, algorithm=algorithm)
-    options = runs.RunOptions(connect=connect, platform=firmware, arguments=tuple(sys.argv[1:]))
+    arguments = tuple(map(spelled, sys.argv[1:]))
+    options = runs.RunOptions(connect=connect, platform=firmware, arguments=arguments)
     with narrate() as narrator:
         options.look = page.looker(narrator)
         report = runs.demo(config, narrator, options)
@@ -383,7 +387,9 @@ def measure(
 
 
 def main() -> None:
-    """Entry point: every error of ours becomes one line with its hint, and an exit code."""
+    """Entry point: every error becomes one line with its hint, and an exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except SystemExit as ended:
@@ -401,6 +407,16 @@ def main() -> None:
         if error.hint is not None:
             err.print(f"  hint: {shown(error.hint)}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(_exit_code(error))
+    except Exception as error:  # a fault in mktme; and status 1 would be a failed proof
+        if os.environ.get("MKTME_TRACEBACK"):
+            traceback.print_exc()
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {error} ({Path(at.filename).name}, line {at.lineno})"
+        err.print(
+            f"mktme: {shown(what)}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
+        err.print("  hint: a fault in mktme; MKTME_TRACEBACK=1 shows more", highlight=False)
+        sys.exit(ExitCode.RUN_FAILED)
 
 
 def _exit_code(error: MktmeError) -> ExitCode:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -16,6 +18,17 @@ __all__ = ["make_image"]
 
 EVIL = "a\x1b[2Jl\u061ci\u202ece"
 SHOWN = "a\ufffd[2Jl\ufffdi\ufffdce"
+
+
+def run_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mktme.cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env=os.environ | {"LC_ALL": "C.UTF-8"},
+    )
 
 
 @pytest.fixture
@@ -47,6 +60,31 @@ def test_names_on_a_terminal(
     said = found.out + found.err
     assert SHOWN in said
     assert not set(said) & set("\x1b\u061c\u202e")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("stats",),
+        ("diff", "IMAGE"),
+        ("search", "--text", "needle"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_file_names_that_are_no_utf_8(
+    make_image: MakeImage, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    name = os.fsdecode(b"im\xffage")
+    image = str(make_image({VM_BASE: b"needle"}, name=name))
+    output = tmp_path / "x.json"
+    others = (image if one == "IMAGE" else one for one in command[1:])
+    ended = run_process("dump", command[0], image, *others, "--json", str(output))
+    assert (ended.returncode, ended.stderr.count("mktme:")) in ((0, 0), (1, 0)), ended.stderr
+    assert r"im\\xffage" in output.read_text()
+    drawn = os.fsdecode(b"dra\xffwn.svg")
+    ended = run_process("dump", "map", image, "-o", str(tmp_path / drawn))
+    assert ended.returncode == 0, ended.stderr
+    assert "im\ufffdage" in (tmp_path / drawn).read_text()
 
 
 def test_names_in_a_picture(mktme: Mktme, make_image: MakeImage, tmp_path: Path) -> None:

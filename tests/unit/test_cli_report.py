@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -183,11 +184,35 @@ def test_run_ends_with_a_page(
 
 
 @pytest.mark.parametrize("command", ["run", "demo"])
+def test_arguments_that_are_no_utf_8_are_spelled(
+    mktme: Mktme, look: list[RunOptions], tmp_path: Path, command: str
+) -> None:
+    assert mktme(command, "--json", tmp_path / os.fsdecode(b"\xff.json")).code == ExitCode.OK
+    assert look[0].arguments == (command, "--json", rf"{tmp_path}/\xff.json")
+
+
+@pytest.mark.parametrize("command", ["run", "demo"])
 def test_no_page_unasked(mktme: Mktme, look: list[RunOptions], command: str) -> None:
     result = mktme(command)
     assert result.code == ExitCode.OK
     assert "report" not in result.out
     assert look[0].look is None
+
+
+def test_fault_of_mktme_is_no_failed_proof(
+    mktme: Mktme, look: list[RunOptions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: object, **_options: object) -> RunReport:
+        raise RuntimeError("not thought of")
+
+    monkeypatch.setattr(runs, "run", run)
+    result = mktme("run")
+    assert (result.code, result.out) == (ExitCode.RUN_FAILED, "")
+    said, hint = result.err.splitlines()
+    assert re.fullmatch(r"mktme: RuntimeError: not thought of \(.*\.py, line \d+\)", said)
+    assert hint == "  hint: a fault in mktme; MKTME_TRACEBACK=1 shows more"
+    monkeypatch.setenv("MKTME_TRACEBACK", "1")
+    assert "Traceback (most recent call last)" in mktme("run").err
 
 
 def test_picture_that_is_lacking_voids_no_proof(

@@ -35,6 +35,7 @@ from mktme.dump.strings import MIN_ASCII, MIN_UTF16, String
 from mktme.dump.zones import EXCLUDED, Zones, zone_key
 from mktme.engine.dram import Region
 from mktme.engine.keys import KeyMode
+from mktme.engine.text import spelled
 from mktme.engine.xts import LINE_BYTES, PAGE_BYTES, Algorithm
 
 P_LIMIT: Final = 1e-6
@@ -286,7 +287,7 @@ def _report(image: DumpImage, tallies: dict[int, Tally], sampling: Sampling) -> 
     return StatsReport(
         schema="mktme.dump-stats",
         version=1,
-        image=str(image.path),
+        image=spelled(image.path),
         described=image.sidecar is not None,
         size_bytes=image.size_bytes,
         pages=-(-image.size_bytes // PAGE_BYTES),

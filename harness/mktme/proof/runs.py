@@ -24,6 +24,7 @@ from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
 from mktme.engine.firmware import PlatformConfig
 from mktme.engine.keys import KeyMode
+from mktme.engine.text import spelled
 from mktme.engine.xts import PAGE_BYTES
 from mktme.proof.confidentiality import (
     Canary,
@@ -321,8 +322,8 @@ class _Session:
             checks=tuple(sorted(self._checks, key=lambda one: (one.control, _ORDER[one.proof]))),
             isolation=self._isolation,
             engine_memory=self._platform.engine.status().memory,
-            dram=None if dram is None else str(dram.absolute()),
-            sidecar=None if self._sidecar is None else str(self._sidecar),
+            dram=None if dram is None else spelled(dram.absolute()),
+            sidecar=None if self._sidecar is None else spelled(self._sidecar),
             notices=tuple(self._notices),
             arguments=self._options.arguments,
         )

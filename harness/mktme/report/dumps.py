@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mktme.dump.image import DumpImage
+from mktme.engine.text import spelled
 from mktme.engine.xts import PAGE_BYTES
 from mktme.proof.entropy import BINS, histogram, page_entropy
 
@@ -118,7 +119,7 @@ def look_at(path: Path, name: str | None = None) -> Look:
             mean = (total / count).astype(np.float32)
         return Look(
             DumpFigures(
-                name=path.name if name is None else name,
+                name=spelled(path.name if name is None else name),
                 size_bytes=image.size_bytes,
                 written_pages=int(count.sum()),
                 sidecar=image.sidecar is not None,
