@@ -19,7 +19,6 @@ from mktme.dump.diff import DiffReport, ZoneDiff, dump_diff
 from mktme.dump.pixels import Order, What
 from mktme.dump.randomness import DEGREES_OF_FREEDOM
 from mktme.dump.stats import (
-    P_LIMIT,
     Repeats,
     StatsReport,
     Verdict,
@@ -223,7 +222,7 @@ def _stats_table(report: StatsReport) -> Table:
             _cipher(zone),
             f"{zone.lines_written * LINE_BYTES / (1 << 20):,.1f}",
             f"{zone.entropy:.5f}" if zone.lines_written else "-",
-            _p_value(zone.p_value),
+            _p_value(zone.p_value, report.thresholds.p_value),
             _share(zone.blocks),
             _share(zone.lines),
             "-" if zone.compression.ratio is None else f"{zone.compression.ratio:.1%}",
@@ -291,10 +290,10 @@ def _cipher(zone: ZoneStats) -> str:
     return "-" if zone.mode is None else "plaintext"
 
 
-def _p_value(p_value: float | None) -> str:
+def _p_value(p_value: float | None, limit: float) -> str:
     if p_value is None:
         return "-"
-    return f"< {short(P_LIMIT)}" if p_value < P_LIMIT else f"{p_value:.3f}"
+    return f"< {short(limit)}" if p_value < limit else f"{p_value:.3f}"
 
 
 def _share(repeats: Repeats) -> str:

@@ -39,9 +39,10 @@ PAGE_BLOCKS: Final = PAGE_BYTES // BLOCK_BYTES
 LINE_BLOCKS: Final = LINE_BYTES // BLOCK_BYTES
 ENTROPY_BINS: Final = 128
 """Bins of a histogram of pages by entropy, each 1/16 bit per byte."""
-PAGE_DEVIATIONS: Final = 7.0
+PAGE_DEVIATIONS: Final = 8.0
 """A page is structured if its entropy is that many deviations below a random page's mean. For a
-whole page that is 7.927; chance alone does it to one page in about 10^9."""
+whole page that is 7.922; chance alone does it to one page in about 10^11 (chi-square's tail, which
+entropy's follows), so to one image of 64 GiB, 2^24 pages, in some thousands."""
 
 _BATCH_PAGES: Final = 256  # enough for NumPy's calls to cost little, and little enough for a cache
 _COPIED_PAGES: Final = 16

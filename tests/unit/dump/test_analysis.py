@@ -119,7 +119,7 @@ def test_line_with_one_bit_was_written() -> None:
 
 def test_from_where_on_a_page_is_structured() -> None:
     limits = structured_below()
-    assert limits[64] == pytest.approx(7.9546 - 7 * 0.0040, abs=3e-4)
+    assert limits[64] == pytest.approx(7.9546 - 8 * 0.0040, abs=3e-4)
     assert (np.diff(limits[1:]) > 0).all()
     # One line: 64 random bytes have about 57 values.
     assert 5 < limits[1] < 5.8

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
+from math import log
 from pathlib import Path
 
 import msgspec
@@ -15,6 +16,7 @@ import pytest
 from mktme.dump.analysis import Tally
 from mktme.dump.cluster import HERE, Source, Workers, fold, read_pages
 from mktme.dump.image import DumpChangedError, DumpError, DumpImage
+from mktme.dump.randomness import chi_square_p
 from mktme.dump.stats import StatsReport, Verdict, ZoneStats, dump_stats, merge_tallies
 from mktme.dump.zones import EXCLUDED, Zones
 from mktme.engine.dram import Region
@@ -156,6 +158,18 @@ def test_part_of_keyid_0_that_is_excluded(make_image: MakeImage) -> None:
     assert rest.pages == (DRAM_BYTES - VM_BYTES - size) // PAGE
     assert report.passed
     assert sum(one.pages for one in report.keyids) == report.pages
+
+
+def test_limits_are_of_the_whole_image(make_image: MakeImage) -> None:
+    """The more pages and KeyIDs, the more comes by chance: limits leave room for it."""
+    one = dump_stats(Source(make_image({VM_BASE: encrypt(PLAINTEXT, VM_BASE)})))
+    more = {VM_BASE: encrypt(PLAINTEXT, VM_BASE), 0: encrypt(PLAINTEXT[:PAGE], 0)}
+    two = dump_stats(Source(make_image(more, name="two")))
+    assert one.thresholds.p_value == 1e-6
+    assert two.thresholds.p_value == 5e-7
+    # A whole page that is that uneven: its chi-square's tail times the pages of 64 GiB.
+    deficit = 8 - one.thresholds.whole_page_entropy
+    assert chi_square_p(2 * PAGE * log(2) * deficit) * (1 << 24) < 1e-3
 
 
 def test_little_memory_says_little(make_image: MakeImage) -> None:
