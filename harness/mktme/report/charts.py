@@ -158,7 +158,7 @@ def entropy_chart(one: str, name: str, found: EntropyComparison) -> Chart:
 
 
 def keyid_entropy_chart(
-    one: str, keyid: int, written_pages: int, bins: Sequence[int], mean: float
+    one: str, keyid: str, written_pages: int, bins: Sequence[int], mean: float
 ) -> Chart:
     """Written pages of a KeyID by their entropy."""
     edges = np.arange(BINS + 1) * BIN_BITS

@@ -250,8 +250,8 @@ def _dump_charts(at: int, look: Look) -> tuple[list[Chart], list[Chart]]:
     ]
     keyids = [
         charts.keyid_entropy_chart(
-            f"dump-{at}-keyid-{one.keyid}",
-            one.keyid,
+            f"dump-{at}-keyid-{one.keyid}{'-excluded' * one.excluded}",
+            f"{one.keyid}{', excluded' * one.excluded}",
             one.written_pages,
             one.entropy,
             one.entropy_mean,

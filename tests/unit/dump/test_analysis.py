@@ -212,3 +212,8 @@ def test_however_pages_are_cut_up(
     middle = order.randint(0, len(parts))
     merged = Tally.merged([Tally.merged(parts[:middle]), Tally.merged(parts[middle:])])
     assert same(merged, tally_pages(pages, numbers, sampling))
+
+
+def test_no_pages_have_no_entropy() -> None:
+    entropies, counts = page_entropy(np.empty((0, PAGE), np.uint8), np.empty(0, np.int64))
+    assert (entropies.shape, counts.shape) == ((0,), (0, 256))
