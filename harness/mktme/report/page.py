@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the page shows, and where each figure on it is from.
 
-Every figure is an HTML `data` element. It has the value as the JSON at the page's end has it, and
-the JSON Pointer (RFC 6901) to it there, so that a program can check the page against the document:
-`data-in` is the document's element, `data-at` the pointer.
+Every figure in a table of results is an HTML `data` element. It has the value as the JSON at the
+page's end has it, and the JSON Pointer (RFC 6901) to it there, so that a program can check the page
+against the document: `data-in` is the document's element, `data-at` the pointer.
 
 Names of guests, files and commands are whoever's who made the report. Jinja escapes them; what
 could still deceive a reader (control characters, those that turn the direction of writing) is
@@ -244,9 +244,10 @@ def _window_charts(guests: tuple[GuestReport, ...]) -> list[Chart]:
 def _dump_charts(at: int, look: Look) -> tuple[list[Chart], list[Chart]]:
     """An image's maps, and the entropy of its KeyIDs."""
     name = shown(look.figures.name)
+    written = sorted({one.keyid for one in look.figures.keyids if one.written_pages})
     maps = [
         charts.entropy_map(f"dump-{at}-entropy", name, look.map),
-        charts.keyid_map(f"dump-{at}-keyids", name, look.map),
+        charts.keyid_map(f"dump-{at}-keyids", name, look.map, written),
     ]
     keyids = [
         charts.keyid_entropy_chart(

@@ -19,7 +19,7 @@ import pytest
 
 from mktme.dump.cluster import Source
 from mktme.dump.stats import dump_stats
-from mktme.engine.sidecar import ExclusionRecord
+from mktme.engine.sidecar import ExclusionRecord, PageRange
 from mktme.proof.isolation import IsolationMatrix
 from mktme.proof.report import Check, RunReport, encode
 from mktme.proof.timeline import Timeline
@@ -407,6 +407,20 @@ def test_large_image_has_no_more_cells(tmp_path: Path, make_image: MakeImage) ->
     assert look.map.cell_pages == 16
     assert len(look.map.entropy) == len(look.map.keyid) == 1 << 17
     assert look.figures.written_pages == 1  # a page of zeros was not
+
+
+def test_keyids_are_told_that_no_cell_shows(make_image: MakeImage) -> None:
+    """A cell is 16 pages, and shows the first one's KeyID."""
+    sidecar = describe(8 << 30)
+    pages = (
+        PageRange(base=0, size_bytes=4096, keyid=0),
+        PageRange(base=4096, size_bytes=4096, keyid=7),
+        PageRange(base=64 << 10, size_bytes=4096, keyid=9),  # never written
+    )
+    sidecar = msgspec.structs.replace(sidecar, vms=(), pages=pages)
+    html = render(REPORT, [look_at(make_image({4096: os.urandom(4096)}, sidecar))]).decode()
+    assert "16 pages, the KeyID of the first of them, left to right" in html
+    assert "KeyIDs that were written under: 7." in html
 
 
 def test_page_and_stats_say_the_same(make_image: MakeImage) -> None:
