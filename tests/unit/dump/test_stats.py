@@ -285,6 +285,19 @@ def test_no_scheduler(scattered: Source, monkeypatch: pytest.MonkeyPatch) -> Non
         assert "dask scheduler" in (caught.value.hint or "")
 
 
+def test_scheduler_without_workers(scattered: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distributed import LocalCluster
+
+    with LocalCluster(  # type: ignore[no-untyped-call]
+        n_workers=0, processes=False, protocol="tcp", dashboard_address=":0"
+    ) as cluster:
+        monkeypatch.setattr("mktme.dump.cluster._CONNECT_TIMEOUT_S", 1)
+        address = cluster.scheduler_address
+        with pytest.raises(DumpError, match=f"no worker at {address}") as caught:
+            dump_stats(scattered, Workers(scheduler=address))
+        assert caught.value.hint == f"dask worker {address} starts one"
+
+
 def test_progress_goes_up_to_the_end(scattered: Source) -> None:
     told: list[tuple[int, int]] = []
     lock = threading.Lock()
