@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from mktme.dump.search import FoundKey, Hit, SearchReport
 
 SEARCH_EPILOG: Final = (
-    "Exit status: 0 something was found, 1 nothing, 2 usage, 4 the image cannot be read, as for"
-    " grep."
+    "Exit status: 0 something was found, 1 nothing, 2 usage, 4 the image cannot be read."
 )
 _NOTHING_FOUND: Final = 1
 _EXCERPT_BYTES: Final = 24

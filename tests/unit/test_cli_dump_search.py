@@ -74,7 +74,7 @@ def test_raw_memory_has_addresses_only(mktme: Mktme, raw: Path) -> None:
     assert ["0x41001", "'eedle'"] in lines
 
 
-def test_nothing_found_is_an_exit_status_as_of_grep(mktme: Mktme, dram: Path) -> None:
+def test_nothing_found_is_an_exit_status(mktme: Mktme, dram: Path) -> None:
     result = mktme("dump", "search", dram, "--text", "needle", "--regex", "Noodle")
     assert result.code == NOTHING_FOUND
     assert result.out.startswith("nothing found in ")
