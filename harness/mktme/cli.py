@@ -6,7 +6,10 @@ The library raises; this module alone prints errors and chooses the exit code.
 
 from __future__ import annotations
 
+import io
+import os
 import sys
+import traceback
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from statistics import median
@@ -57,6 +60,7 @@ from mktme.engine.errors import (
 )
 from mktme.engine.firmware import FirmwareError, PlatformConfigError
 from mktme.engine.keys import KeyMode
+from mktme.engine.text import shown, spelled
 from mktme.engine.xts import Algorithm
 from mktme.proof import runs
 from mktme.proof.bench import CONFIGURATIONS, BenchReport, bench
@@ -247,7 +251,9 @@ def run(
         if key_file is not None:
             raise UsageError("--no-encrypt has no use for --key-file", hint="leave one of them out")
         mode = KeyMode.NO_ENCRYPT
-    page = Page(json, html)
+    module = None if nvdimm is None else parse_nvdimm(nvdimm)
+    in_module = None if module is None else module.path
+    page = Page(json, html, dram, disk_image, ssh_key, key_file, platform, in_module)
     qemu = None if emulator is None else emulator_path(emulator)
     memory_bytes = guest_memory(memory, vcpus)
     window_bytes = None if window is None else parse_window(window, memory_bytes)
@@ -259,7 +265,6 @@ def run(
         one.ram_offset(memory_bytes, machine)
     if ssh_port is not None and guests > 1:
         raise UsageError("one port for several guests", hint="leave --ssh-port out")
-    module = None if nvdimm is None else parse_nvdimm(nvdimm)
     if module is not None and guests > 1:
         raise UsageError("an NVDIMM is one guest's", hint="leave --guests out")
     set_up = None if platform is None else read_platform(platform)
@@ -290,7 +295,7 @@ def run(
         dram=dram,
         reference=reference,
         platform=set_up,
-        arguments=tuple(sys.argv[1:]),
+        arguments=tuple(map(spelled, sys.argv[1:])),
     )
     with ExitStack() as telling:
         narrator = telling.enter_context(narrate())
@@ -319,12 +324,13 @@ def demo(
     html: HtmlOption = None,
 ) -> None:
     """The main job: two guests side by side under different keys, all proofs and their controls."""
-    page = Page(json, html)
+    page = Page(json, html, platform)
     memory_bytes = guest_memory(memory)
     firmware = None if platform is None else read_platform(platform)
     demo_demand(memory_bytes, algorithm).check(firmware)
     config = VmConfig(image(guest), memory_bytes=memory_bytes, algorithm=algorithm)
-    options = runs.RunOptions(connect=connect, platform=firmware, arguments=tuple(sys.argv[1:]))
+    arguments = tuple(map(spelled, sys.argv[1:]))
+    options = runs.RunOptions(connect=connect, platform=firmware, arguments=arguments)
     with narrate() as narrator:
         options.look = page.looker(narrator)
         report = runs.demo(config, narrator, options)
@@ -381,7 +387,9 @@ def measure(
 
 
 def main() -> None:
-    """Entry point: every error of ours becomes one line with its hint, and an exit code."""
+    """Entry point: every error becomes one line with its hint, and an exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except SystemExit as ended:
@@ -389,10 +397,26 @@ def main() -> None:
             err.print("mktme: interrupted; everything was taken down", style="yellow")
         raise
     except MktmeError as error:
-        err.print(f"mktme: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        err.print(
+            f"mktme: {shown(str(error))}",
+            style="red",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
         if error.hint is not None:
-            err.print(f"  hint: {error.hint}", markup=False, highlight=False, soft_wrap=True)
+            err.print(f"  hint: {shown(error.hint)}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(_exit_code(error))
+    except Exception as error:  # a fault in mktme; and status 1 would be a failed proof
+        if os.environ.get("MKTME_TRACEBACK"):
+            traceback.print_exc()
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {error} ({Path(at.filename).name}, line {at.lineno})"
+        err.print(
+            f"mktme: {shown(what)}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
+        err.print("  hint: a fault in mktme; MKTME_TRACEBACK=1 shows more", highlight=False)
+        sys.exit(ExitCode.RUN_FAILED)
 
 
 def _exit_code(error: MktmeError) -> ExitCode:

@@ -16,6 +16,7 @@ from rich.table import Table
 from mktme.cli_output import EngineOption, JsonFlag, err, make_table, out, print_json
 from mktme.dump.formats import Format
 from mktme.dump.image import DumpImage
+from mktme.engine.text import shown
 from mktme.service.wire import Role
 from mktme.vm.host import UsageError
 from mktme.vm.running import connected
@@ -59,8 +60,9 @@ def capture(
     paused = "no guest had to be held"
     if record.pause_s is not None:
         paused = f"guests held for {record.pause_s * 1000:.0f} ms"
+    vms = shown(" and ".join(report.vms)) or "no VM"
     lines = (
-        f"{report.image}: {_size(record.data_bytes)} of {' and '.join(report.vms) or 'no VM'}",
+        f"{report.image}: {_size(record.data_bytes)} of {vms}",
         f"{paused}; {record.total_s:.2f} s in all, by {record.method}",
         f"described by {report.sidecar}",
     )
@@ -147,7 +149,7 @@ def decrypt(
                 raise UsageError(f"no key: {error}", hint=_KEY_HINT) from error
             keys = EngineKeys(client, record)
         memory = stack.enter_context(VmMemory(opened, record, keys))
-        with err.status(f"decrypting {escape(record.name)}"):
+        with err.status(f"decrypting {escape(shown(record.name))}"):
             report = run(
                 memory, output, format, image=image, skip_missing=skip_missing, force=force
             )
@@ -170,7 +172,7 @@ def _the_only_vm(image: DumpImage) -> VmRecord:
 
 def _print_decrypted(report: DecryptReport) -> None:
     lines = [
-        f"{report.out}: {_size(report.size_bytes)} of {report.vm} as {report.format.value},"
+        f"{report.out}: {_size(report.size_bytes)} of {shown(report.vm)} as {report.format.value},"
         f" {_size(report.written_bytes)} of it not zero, in {report.duration_s:.2f} s"
     ]
     if report.kernel is not None:
@@ -201,7 +203,7 @@ def _print_info(report: InfoReport) -> None:
         soft_wrap=True,
     )
     for path in report.nvdimms:
-        out.print(f"an NVDIMM in {path}", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"an NVDIMM in {shown(path)}", markup=False, highlight=False, soft_wrap=True)
     if report.vms:
         out.print(_vm_table(report))
     out.print(_keyid_table(report))
@@ -229,7 +231,7 @@ def _vm_table(report: InfoReport) -> Table:
             f"{segment.guest_physical:#x}, {_size(segment.size_bytes)}" for segment in one.segments
         )
         table.add_row(
-            escape(one.name),
+            escape(shown(one.name)),
             str(one.keyid),
             f"{one.base:#x}",
             _size(one.size_bytes),

@@ -16,6 +16,7 @@ from mktme.cli_output import make_table, out
 from mktme.dump.aes_keys import Form
 from mktme.dump.image import DumpError, DumpImage
 from mktme.engine.sidecar import sidecar_path
+from mktme.engine.text import shown
 from mktme.proof.report import write_json
 from mktme.vm.host import UsageError
 from mktme.vm.sizes import parse_size
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
     from mktme.dump.search import FoundKey, Hit, SearchReport
 
 SEARCH_EPILOG: Final = (
-    "Exit status: 0 something was found, 1 nothing, 2 usage, 4 the image cannot be read, as for"
-    " grep."
+    "Exit status: 0 something was found, 1 nothing, 2 usage, 4 the image cannot be read."
 )
 _NOTHING_FOUND: Final = 1
 _EXCERPT_BYTES: Final = 24
@@ -88,7 +88,7 @@ def search(
     from mktme.dump.patterns import MAX_MATCH_BYTES, Pattern, PatternError, Searcher
     from mktme.dump.search import search as search_image
 
-    check_json(json)
+    check_json(json, image, sidecar)
     longest = parse_size(max_match)
     if not 1 <= longest <= MAX_MATCH_BYTES:
         raise UsageError(
@@ -159,14 +159,14 @@ def _table(report: SearchReport) -> Table:
     of_vm = any(one.vm is not None for one in report.hits)
     of_keyid = any(one.keyid is not None for one in report.hits)
     heads = ["address", *["KeyID"] * of_keyid, *["VM", "guest-physical"] * of_vm, "found"]
-    title = f"Found in {escape(Path(report.image).name)}"
+    title = f"Found in {escape(shown(Path(report.image).name))}"
     table = make_table(title, *heads, right=("address", "KeyID", "guest-physical"))
     for one in report.hits:
         cells = [f"{one.address:#x}"]
         if of_keyid:
             cells.append("-" if one.keyid is None else str(one.keyid))
         if of_vm:
-            cells.append(escape(one.vm or "-"))
+            cells.append(escape(shown(one.vm or "-")))
             cells.append("-" if one.guest_physical is None else f"{one.guest_physical:#x}")
         table.add_row(*cells, escape(_what(one)))
     return table

@@ -12,14 +12,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from mktme.cli_narration import narrate
-from mktme.cli_options import ExitCode, JsonOption, check_json
+from mktme.cli_options import ExitCode, JsonOption, check_file, check_json
 from mktme.cli_output import make_table, out
 from mktme.dump.cluster import Source, Workers
 from mktme.dump.diff import DiffReport, ZoneDiff, dump_diff
 from mktme.dump.pixels import Order, What
 from mktme.dump.randomness import DEGREES_OF_FREEDOM
 from mktme.dump.stats import (
-    P_LIMIT,
     Repeats,
     StatsReport,
     Verdict,
@@ -27,6 +26,7 @@ from mktme.dump.stats import (
     dump_stats,
     short,
 )
+from mktme.engine.text import shown
 from mktme.engine.xts import LINE_BYTES, PAGE_BYTES
 from mktme.proof.report import write_json, write_whole
 from mktme.vm.host import UsageError
@@ -75,7 +75,7 @@ def stats(
 
     Exit status 1: memory that is to be encrypted does not look so.
     """
-    check_json(json)
+    check_json(json, image, sidecar)
     source, workers = _source(image, sidecar, raw), _workers(scheduler, threads)
     with narrate() as narrator, narrator.step(f"reading {image.name}") as progress:
         report = dump_stats(source, workers, progress)
@@ -103,7 +103,7 @@ def diff(
     json: JsonOption = None,
 ) -> None:
     """Compare images of the same memory: what was written, and what is as it was."""
-    check_json(json)
+    check_json(json, a, b, c)
     one, two = _source(a, None, raw), _source(b, None, raw)
     three = None if c is None else _source(c, None, raw)
     with narrate() as narrator, narrator.step(f"comparing {a.name} with {b.name}") as progress:
@@ -151,16 +151,7 @@ def draw_map(
         raise UsageError(
             f"-o {output}: a picture is .png or .svg", hint="name a file of one of the two"
         ) from None
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise UsageError(
-            f"-o {output}: no file can be written there",
-            hint="name a file in a directory that exists",
-        )
-    if output.exists() and any(
-        path is not None and path.exists() and path.samefile(output)
-        for path in (image, other, plaintext, sidecar)
-    ):
-        raise UsageError(f"-o {output}: that is what is to be read", hint="name another file")
+    check_file("-o", output, image, other, plaintext, sidecar)
     if (what is What.DIFFERENCE) != (other is not None):
         raise UsageError(
             "--what difference and --with FILE go together",
@@ -212,7 +203,7 @@ def _print_stats(report: StatsReport) -> None:
 
 def _stats_table(report: StatsReport) -> Table:
     title = (
-        f"{escape(Path(report.image).name)}: {_size(report.size_bytes)}, of which"
+        f"{escape(shown(Path(report.image).name))}: {_size(report.size_bytes)}, of which"
         f" {_size(report.lines_written * LINE_BYTES)} written"
     )
     figures = (
@@ -231,7 +222,7 @@ def _stats_table(report: StatsReport) -> Table:
             _cipher(zone),
             f"{zone.lines_written * LINE_BYTES / (1 << 20):,.1f}",
             f"{zone.entropy:.5f}" if zone.lines_written else "-",
-            _p_value(zone.p_value),
+            _p_value(zone.p_value, report.thresholds.p_value),
             _share(zone.blocks),
             _share(zone.lines),
             "-" if zone.compression.ratio is None else f"{zone.compression.ratio:.1%}",
@@ -276,8 +267,8 @@ def _print_method(report: StatsReport) -> None:
     lines = (
         f"structured: a page of less than {limits.whole_page_entropy:.4f} bits per byte (random:"
         f" {zone.page_entropy_of_random:.4f}),",
-        f"  chi² with p < {limit} or > 1 - {limit} ({DEGREES_OF_FREEDOM} degrees of freedom), or a"
-        " repetition",
+        f"  chi² with p < {limit} or > 1 - {limit} ({DEGREES_OF_FREEDOM} degrees of freedom),",
+        f"  a string so long with p < {limit}, zlib under {limits.compression:.0%}, a repetition",
         f"looked at: {_sampled(report.blocks, 'blocks')}, {_sampled(report.lines, 'lines')}; zlib:"
         f" {'every page' if sample == 1 else f'1 page in {sample}'}",
     )
@@ -299,10 +290,10 @@ def _cipher(zone: ZoneStats) -> str:
     return "-" if zone.mode is None else "plaintext"
 
 
-def _p_value(p_value: float | None) -> str:
+def _p_value(p_value: float | None, limit: float) -> str:
     if p_value is None:
         return "-"
-    return f"< {short(P_LIMIT)}" if p_value < P_LIMIT else f"{p_value:.3f}"
+    return f"< {short(limit)}" if p_value < limit else f"{p_value:.3f}"
 
 
 def _share(repeats: Repeats) -> str:
@@ -321,7 +312,7 @@ def _size(size_bytes: int) -> str:
 
 
 def _print_diff(report: DiffReport) -> None:
-    names = [Path(path).name for path in (report.image_a, report.image_b)]
+    names = [shown(Path(path).name) for path in (report.image_a, report.image_b)]
     figures = ("equal", "changed", "only in A", "only in B")
     title = f"A {escape(names[0])}, B {escape(names[1])}: {_size(report.size_bytes)}"
     table = make_table(title, "KeyID", "", *figures, right=figures)
@@ -355,7 +346,7 @@ def _changed_table(report: DiffReport) -> Table:
     title = "Changed lines, by how many of their 16-byte blocks differ"
     if report.image_c is not None:
         figures += ["as in A", "as in B", "neither"]
-        title += f"; and what C, {escape(Path(report.image_c).name)}, has there"
+        title += f"; and what C, {escape(shown(Path(report.image_c).name))}, has there"
     table = make_table(title, "KeyID", *figures, right=tuple(figures))
     for zone in report.keyids:
         if zone.bits_changed is None:

@@ -11,6 +11,8 @@ import typer
 from rich.markup import escape
 
 from mktme.cli_output import err
+from mktme.engine.dram import mac_path
+from mktme.engine.sidecar import sidecar_path
 from mktme.vm.config import check_sizes
 from mktme.vm.disk_images import DiskImage
 from mktme.vm.host import UsageError
@@ -61,19 +63,36 @@ def image(guest: str) -> GuestImage | DiskImage:
         return guest_image(guest, lambda line: err.print(line, style="dim", markup=False))
 
 
-def check_json(path: Path | None) -> None:
+def check_json(path: Path | None, *sources: Path | None) -> None:
     """A report that cannot be written is better known before the run than after it."""
-    check_file("--json", path)
+    check_file("--json", path, *sources)
 
 
-def check_file(option: str, path: Path | None) -> None:
+def check_file(option: str, path: Path | None, *sources: Path | None) -> None:
     """Check that a file can be written where an option says.
+
+    Args:
+        option: which.
+        path: where; None: the option was not given.
+        sources: what else the command has to do with, if it is given: neither that nor, as it may
+            be an image, its sidecar and its MACs are to be replaced.
 
     Raises:
         UsageError: it cannot be.
     """
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+    if path is None:
+        return
+    if (path.exists() and not path.is_file()) or not path.absolute().parent.is_dir():
         raise UsageError(
             f"{option} {path}: no file can be written there",
             hint="name a file in a directory that exists",
         )
+    for source in sources:
+        if source is None or not source.name:  # a directory is another check's
+            continue
+        for kept in (source, sidecar_path(source), mac_path(source)):
+            there = kept.exists() and path.exists()
+            if kept.resolve() == path.resolve() or (there and kept.samefile(path)):
+                raise UsageError(
+                    f"{option} {path}: it would take the place of {kept}", hint="name another file"
+                )

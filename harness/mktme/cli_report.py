@@ -32,10 +32,7 @@ def report_page(
 ) -> None:
     """Make a page of a run's report: proofs, pictures and charts in one file, for any browser."""
     images = dumps or []
-    check_file("-o", output)
-    for source in (run, *images):
-        if output.exists() and source.exists() and output.samefile(source):
-            raise UsageError(f"-o {output}: that is what the page is made of")
+    check_file("-o", output, run, *images)
     report = read_report(run)
     looks = []
     with narrate() as narrator:
@@ -52,14 +49,15 @@ class Page:
     Args:
         json: where its JSON goes.
         html: where the page goes; None for no page.
+        sources: see `check_file`.
 
     Raises:
         UsageError: one of the two cannot be written, or both are the same.
     """
 
-    def __init__(self, json: Path | None, html: Path | None) -> None:
-        check_file("--json", json)
-        check_file("--html", html)
+    def __init__(self, json: Path | None, html: Path | None, *sources: Path | None) -> None:
+        check_file("--json", json, *sources)
+        check_file("--html", html, *sources)
         if html is not None and json is not None and html.absolute() == json.absolute():
             raise UsageError(f"--html {html}: --json has that file")
         self._path = html

@@ -74,7 +74,7 @@ def test_raw_memory_has_addresses_only(mktme: Mktme, raw: Path) -> None:
     assert ["0x41001", "'eedle'"] in lines
 
 
-def test_nothing_found_is_an_exit_status_as_of_grep(mktme: Mktme, dram: Path) -> None:
+def test_nothing_found_is_an_exit_status(mktme: Mktme, dram: Path) -> None:
     result = mktme("dump", "search", dram, "--text", "needle", "--regex", "Noodle")
     assert result.code == NOTHING_FOUND
     assert result.out.startswith("nothing found in ")
@@ -175,6 +175,14 @@ def test_bad_expression_says_what_is_wrong(mktme: Mktme, dram: Path) -> None:
     assert result.code == ExitCode.USAGE
     assert r"regex '(?<=\d)a': zero-width assertions are not supported" in result.err
     assert "without back-references and look-around" in result.err
+
+
+@pytest.mark.parametrize("suffix", ["", ".json", ".mac"])
+def test_report_does_not_replace_the_image(mktme: Mktme, dram: Path, suffix: str) -> None:
+    output = dram.with_name(dram.name + suffix)
+    result = mktme("dump", "search", dram, "--text", "x", "--json", output)
+    assert result.code == ExitCode.USAGE
+    assert f"--json {output}: it would take the place of {output}" in result.err
 
 
 def test_missing_sidecar(mktme: Mktme, raw: Path) -> None:

@@ -116,7 +116,16 @@ def test_map(mktme: Mktme, encrypted: Path, tmp_path: Path, suffix: str) -> None
         (("map", "DRAM", "-o", "x.jpg"), "a picture is .png or .svg"),
         (("map", "DRAM", "-o", "x"), "a picture is .png or .svg"),
         (("map", "DRAM", "-o", "/none/x.png"), "no file can be written there"),
-        (("map", "DRAM", "-o", "DRAM.png"), "that is what is to be read"),
+        (("map", "DRAM", "-o", "DRAM.png"), "it would take the place of"),
+        (("map", "DRAM.json", "--with", "DRAM", "-o", "DRAM.png"), "it would take the place of"),
+        (("stats", "DRAM", "--json", "DRAM"), "it would take the place of"),
+        (("stats", "DRAM", "--json", "DRAM.json"), "it would take the place of"),
+        (("stats", "DRAM", "--json", "DRAM.mac"), "it would take the place of"),
+        (("stats", "DRAM", "--json", "DRAM.png"), "it would take the place of"),
+        (("stats", "DRAM", "--sidecar", "./x", "--json", "x"), "it would take the place of x"),
+        (("stats", "DRAM", "--json", "/dev/null"), "no file can be written there"),
+        (("diff", "x", "DRAM", "--json", "DRAM.json"), "it would take the place of"),
+        (("diff", "x", "x", "DRAM", "--json", "DRAM.json"), "it would take the place of"),
         (("map", "DRAM", "-o", "x.png", "--what", "difference"), "go together"),
         (("map", "DRAM", "-o", "x.png", "--with", "DRAM"), "go together"),
         (
@@ -129,10 +138,12 @@ def test_options_that_make_no_sense(
     mktme: Mktme, encrypted: Path, arguments: tuple[str, ...], said: str
 ) -> None:
     os.symlink(encrypted, f"{encrypted}.png")
+    before = {path: path.read_bytes() for path in encrypted.parent.iterdir()}
     found = mktme("dump", *(one.replace("DRAM", str(encrypted)) for one in arguments))
     assert found.code == ExitCode.USAGE
     assert said in found.said
     assert "hint:" in found.said
+    assert {path: path.read_bytes() for path in encrypted.parent.iterdir()} == before
 
 
 @pytest.mark.parametrize("command", [("stats",), ("map", "-o", "x.png")])

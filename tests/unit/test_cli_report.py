@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -101,11 +102,11 @@ def test_page_does_not_replace_what_it_is_made_of(
 ) -> None:
     image = make_image({})
     (tmp_path / "link.html").symlink_to(run_json)
-    for output in (run_json, image, tmp_path / "link.html"):
+    for output in (run_json, image, tmp_path / "dram.json", tmp_path / "link.html"):
         before = output.read_bytes()
         result = mktme("report", run_json, image, "-o", output)
         assert result.code == ExitCode.USAGE
-        assert "that is what the page is made of" in result.err
+        assert f"-o {output}: it would take the place of" in result.err
         assert output.read_bytes() == before
 
 
@@ -183,11 +184,35 @@ def test_run_ends_with_a_page(
 
 
 @pytest.mark.parametrize("command", ["run", "demo"])
+def test_arguments_that_are_no_utf_8_are_spelled(
+    mktme: Mktme, look: list[RunOptions], tmp_path: Path, command: str
+) -> None:
+    assert mktme(command, "--json", tmp_path / os.fsdecode(b"\xff.json")).code == ExitCode.OK
+    assert look[0].arguments == (command, "--json", rf"{tmp_path}/\xff.json")
+
+
+@pytest.mark.parametrize("command", ["run", "demo"])
 def test_no_page_unasked(mktme: Mktme, look: list[RunOptions], command: str) -> None:
     result = mktme(command)
     assert result.code == ExitCode.OK
     assert "report" not in result.out
     assert look[0].look is None
+
+
+def test_fault_of_mktme_is_no_failed_proof(
+    mktme: Mktme, look: list[RunOptions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: object, **_options: object) -> RunReport:
+        raise RuntimeError("not thought of")
+
+    monkeypatch.setattr(runs, "run", run)
+    result = mktme("run")
+    assert (result.code, result.out) == (ExitCode.RUN_FAILED, "")
+    said, hint = result.err.splitlines()
+    assert re.fullmatch(r"mktme: RuntimeError: not thought of \(.*\.py, line \d+\)", said)
+    assert hint == "  hint: a fault in mktme; MKTME_TRACEBACK=1 shows more"
+    monkeypatch.setenv("MKTME_TRACEBACK", "1")
+    assert "Traceback (most recent call last)" in mktme("run").err
 
 
 def test_picture_that_is_lacking_voids_no_proof(
@@ -217,4 +242,20 @@ def test_page_that_cannot_be_written_is_known_before_the_run(
     result = mktme(command, "--html", tmp_path / "x", "--json", tmp_path / "x")
     assert result.code == ExitCode.USAGE
     assert f"--html {tmp_path}/x: --json has that file" in result.err
+    assert look == []
+
+
+@pytest.mark.parametrize("option", ["--json", "--html"])
+@pytest.mark.parametrize(
+    "source", ["--dram", "--image", "--key-file", "--ssh-key", "--platform", "--nvdimm"]
+)
+def test_report_of_a_run_takes_nothings_place(
+    mktme: Mktme, look: list[RunOptions], tmp_path: Path, option: str, source: str
+) -> None:
+    path = tmp_path / "x"
+    given = f"{path}:16M" if source == "--nvdimm" else path
+    for output in (path, tmp_path / "x.json", tmp_path / "x.mac"):
+        result = mktme("run", source, given, option, output)
+        assert result.code == ExitCode.USAGE
+        assert f"{option} {output}: it would take the place of {output}" in result.err
     assert look == []

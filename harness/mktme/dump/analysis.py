@@ -39,9 +39,10 @@ PAGE_BLOCKS: Final = PAGE_BYTES // BLOCK_BYTES
 LINE_BLOCKS: Final = LINE_BYTES // BLOCK_BYTES
 ENTROPY_BINS: Final = 128
 """Bins of a histogram of pages by entropy, each 1/16 bit per byte."""
-PAGE_DEVIATIONS: Final = 7.0
+PAGE_DEVIATIONS: Final = 8.0
 """A page is structured if its entropy is that many deviations below a random page's mean. For a
-whole page that is 7.927; chance alone does it to one page in about 10^9."""
+whole page that is 7.922; chance alone does it to one page in about 10^11 (chi-square's tail, which
+entropy's follows), so to one image of 64 GiB, 2^24 pages, in some thousands."""
 
 _BATCH_PAGES: Final = 256  # enough for NumPy's calls to cost little, and little enough for a cache
 _COPIED_PAGES: Final = 16
@@ -170,14 +171,13 @@ def tally_pages(pages: PagesArray, numbers: npt.NDArray[np.int64], sampling: Sam
         block_hashes.append(blocks)
         line_hashes.append(line_values)
     structured = numbers[entropies < structured_below()[lines]]
-    bins = np.minimum((entropies * (ENTROPY_BINS / 8)).astype(np.int64), ENTROPY_BINS - 1)
     compressed = _compress(pages, written, places, sampling.page_shift)
     ascii_found, utf16_found = find_strings(pages, numbers)
     return Tally(
         pages=len(pages),
         lines=int(lines.sum()),
         histogram=histogram,
-        entropies=np.bincount(bins, minlength=ENTROPY_BINS),
+        entropies=by_entropy(entropies),
         entropy_sum=int(np.rint(entropies * _FIXED_POINT).astype(np.int64).sum()),
         structured=len(structured),
         first_structured=int(structured.min()) if len(structured) else None,
@@ -216,7 +216,7 @@ def page_entropy(
     # in L1. One call for many pages, with an offset each, takes half as long again.
     copies = np.empty((_COPIED_PAGES, PAGE_BYTES), np.int64)
     rows = list(copies)
-    each: list[npt.NDArray[np.int64]] = []
+    each = [np.empty(0, np.int64)]
     for first in range(0, len(pages), _COPIED_PAGES):
         part = pages[first : first + _COPIED_PAGES]
         copies[: len(part)] = part
@@ -227,6 +227,12 @@ def page_entropy(
     # Whole numbers, so that the sum is the same in whatever order a CPU takes it.
     total = _count_logs().take(counts).sum(axis=1)
     return np.log2(size) - total / (size * float(_COUNT_POINT)), counts
+
+
+def by_entropy(entropies: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Pages by entropy, 0 to 8 bits per byte: int64, shape (ENTROPY_BINS,); 8 is in the last."""
+    bins = np.minimum((entropies * (ENTROPY_BINS / 8)).astype(np.int64), ENTROPY_BINS - 1)
+    return np.bincount(bins, minlength=ENTROPY_BINS)
 
 
 def _sample(

@@ -107,7 +107,7 @@ def fold(
         progress: told of tasks done and of all there are; threads of this process only.
 
     Raises:
-        DumpError: the scheduler cannot be reached, or what `work` raises.
+        DumpError: the scheduler cannot be reached, or has no workers; or what `work` raises.
     """
     tasks = list(_tasks(regions, workers.task_bytes))
     if not tasks:
@@ -155,6 +155,12 @@ def _there(merged: Any, address: str) -> Any:
             hint="dask scheduler starts one, dask worker ADDRESS its workers",
         ) from error
     with client:
+        try:
+            client.wait_for_workers(1, timeout=_CONNECT_TIMEOUT_S)
+        except TimeoutError as error:
+            raise DumpError(
+                f"no worker at {address}", hint=f"dask worker {address} starts one"
+            ) from error
         return merged.compute(scheduler=client)
 
 

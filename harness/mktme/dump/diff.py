@@ -21,6 +21,7 @@ from mktme.dump.cluster import HERE, Progress, Source, Workers, fold, read_pages
 from mktme.dump.image import DumpError, DumpImage
 from mktme.dump.zones import EXCLUDED, Zones
 from mktme.engine.dram import Region
+from mktme.engine.text import spelled
 from mktme.engine.xts import PAGE_BYTES
 
 _BLOCK_BITS: Final = BLOCK_BYTES * 8
@@ -189,9 +190,9 @@ def dump_diff(
         return DiffReport(
             schema="mktme.dump-diff",
             version=1,
-            image_a=str(image_a.path),
-            image_b=str(image_b.path),
-            image_c=None if c is None else str(image_c.path),
+            image_a=spelled(image_a.path),
+            image_b=spelled(image_b.path),
+            image_c=None if c is None else spelled(image_c.path),
             size_bytes=image_a.size_bytes,
             pages=-(-image_a.size_bytes // PAGE_BYTES),
             keyids=tuple(

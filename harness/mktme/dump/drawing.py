@@ -89,7 +89,9 @@ def render(picture: Picture, form: Format) -> bytes:
         "svg.hashsalt": "mktme",
         "text.parse_math": False,  # a file's name may have a $ in it
     }
-    with mpl.rc_context(settings):
+    with mpl.rc_context():
+        mpl.rcdefaults()  # not what the user's matplotlibrc says
+        mpl.rcParams.update(settings)
         figure = Figure(dpi=_DPI, facecolor="white")
         _draw(figure, picture)
         file = io.BytesIO()

@@ -8,6 +8,7 @@ threads run meanwhile (docs/adr/0015-hyperscan.md). AES key schedules: `mktme.du
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal, NamedTuple, cast
@@ -23,6 +24,8 @@ DEFAULT_MATCH_BYTES: Final = 4096
 MAX_MATCH_BYTES: Final = 16 << 20
 EXCERPT_BYTES: Final = 64
 KEY_SCHEDULES: Final = "AES key schedules"
+
+_LOOKED_AT_TOGETHER: Final = 1 << 16
 
 
 class PatternError(MktmeError):
@@ -152,9 +155,9 @@ class Searcher:
 
     Which match
         Wherever a match begins is a hit: text overlaps itself. Of an expression, each place where
-        a match ends counts with the leftmost beginning, and each beginning with the furthest end
-        that is no more than `max_match_bytes` away. A match is found wherever it lies unless it is
-        longer than that.
+        a match ends counts with the leftmost beginning that is no more than `max_match_bytes`
+        away, and each beginning with the furthest such end. A match is found wherever it lies
+        unless it is longer than that, or the tail of such a one, a byte of which is cut off.
 
     Args:
         patterns: what to look for.
@@ -233,15 +236,22 @@ class Searcher:
             at - window.address for at in (window.first, window.stop, window.beyond)
         )
         ends: dict[tuple[int, int], int] = {}
+        # By expression: where matches end that are too long.
+        late: dict[int, bytearray] = defaultdict(lambda: bytearray(len(window.data) + 1))
+
+        def keep(number: int, start: int, end: int) -> None:
+            if first <= start < stop and end > beyond:
+                ends[start, number] = max(end, ends.get((start, number), 0))
 
         def matched(number: int, start: int, end: int, _flags: int, _context: object) -> bool:
             size = sizes[number]
             if size is not None:
                 start = end - size
             elif end - start > longest:
+                if end > beyond and end - longest < stop:
+                    late[number][end] = 1
                 return False
-            if first <= start < stop and end > beyond:
-                ends[start, number] = end  # ends come ascending
+            keep(number, start, end)
             return len(ends) > most  # no more of it
 
         whole = True
@@ -251,6 +261,14 @@ class Searcher:
             database.scan(data, matched, scratch=self._scratch(database))
         except hyperscan.ScanTerminated:
             whole = False
+        for number, where in late.items():
+            tries, end = 0, where.find(1)
+            while end >= 0 and whole:
+                for start, at in self._nearer(database, window.data, number, where, end):
+                    keep(number, start, at)
+                tries += 1
+                whole = max(tries, len(ends)) <= most
+                end = where.find(1, end)
         return [
             Match(
                 window.address + start,
@@ -260,6 +278,69 @@ class Searcher:
             )
             for (start, number), end in ends.items()
         ], whole
+
+    def _nearer(
+        self,
+        database: hyperscan.Database,
+        data: npt.NDArray[np.uint8],
+        number: int,
+        late: bytearray,
+        end: int,
+    ) -> list[tuple[int, int]]:
+        """The leftmost beginning that is near enough to an end, and those of ends that come soon.
+
+        Hyperscan tells of an end the leftmost beginning and no other. So what is near enough to the
+        first end is scanned by itself, together with the ends that come soon.
+
+        Args:
+            database: the patterns.
+            data: uint8, shape (n,).
+            number: of the expression.
+            late: n + 1 flags: ends that are to be looked at. What is done with loses its flag.
+            end: the first of them.
+
+        Returns:
+            Beginnings and ends.
+        """
+        longest = self._longest
+        low = end - longest  # not 0: what is too long begins before it
+        high = min(len(data), end + min(longest, _LOOKED_AT_TOGETHER) + 1)
+        starts = self._starts(database, data[low:high], number, late, low)
+        if starts.get(end) == low:
+            before = self._starts(database, data[low - 1 : end + 1], number, late, low - 1)
+            if before.get(end) == low - 1:
+                # The tail of something longer, and so is what ends right behind it.
+                at = end
+                while starts.get(at) == low:
+                    late[at] = 0
+                    del starts[at]
+                    at += 1
+            else:  # what is before it counts
+                del starts[end]
+                starts |= before
+        late[end] = 0
+        found = [(start, at) for at, start in starts.items() if at - start <= longest]
+        for _, at in found:
+            late[at] = 0
+        return found
+
+    def _starts(
+        self,
+        database: hyperscan.Database,
+        data: npt.NDArray[np.uint8],
+        number: int,
+        late: bytearray,
+        address: int,
+    ) -> dict[int, int]:
+        """By flagged ends of matches of an expression: where they begin, in this memory alone."""
+        found: dict[int, int] = {}
+
+        def matched(one: int, start: int, end: int, _flags: int, _context: object) -> None:
+            if one == number and late[address + end]:
+                found[address + end] = address + start
+
+        database.scan(cast(bytes, data), matched, scratch=self._scratch(database))
+        return found
 
     def _scratch(self, database: hyperscan.Database) -> hyperscan.Scratch:
         """Hyperscan's working memory: one a thread."""

@@ -14,6 +14,7 @@ from mktme.dump.diff import check_same_size
 from mktme.dump.image import DumpError, DumpImage
 from mktme.dump.pixels import Layout, Order, PixelWork, Values, View, What, merge_pixels
 from mktme.dump.zones import EXCLUDED, Zones, zone_key
+from mktme.engine.text import shown
 from mktme.engine.xts import PAGE_BYTES
 
 
@@ -125,7 +126,7 @@ def make_picture(
         zones = Zones(image).of(np.maximum(inner, 0))
         outlines = _outlines(image, inner) if request.vm is None else ()
         panels = tuple(
-            Panel(title, one, inner >= 0, zones, outlines)
+            Panel(shown(title), one, inner >= 0, zones, outlines)
             for title, one in zip(titles, values, strict=True)
         )
         found, pixels = np.unique(zones[inner >= 0], return_counts=True)
@@ -174,7 +175,9 @@ def _plain_view(image: DumpImage, view: View, plaintext: DumpImage) -> View:
 def _outlines(image: DumpImage, inner: npt.NDArray[np.int64]) -> tuple[Outline, ...]:
     vms = () if image.sidecar is None else image.sidecar.vms
     at = inner * PAGE_BYTES
-    found = [Outline(vm.name, (at >= vm.base) & (at < vm.base + vm.size_bytes)) for vm in vms]
+    found = [
+        Outline(shown(vm.name), (at >= vm.base) & (at < vm.base + vm.size_bytes)) for vm in vms
+    ]
     return tuple(one for one in found if one.pixels.any())
 
 

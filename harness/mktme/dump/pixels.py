@@ -14,7 +14,7 @@ import numpy.typing as npt
 from mktme.dump.analysis import PAGE_LINES, page_entropy, written_lines
 from mktme.dump.cluster import Source, read_pages
 from mktme.dump.diff import LineDiff
-from mktme.dump.image import DumpImage
+from mktme.dump.image import DumpError, DumpImage
 from mktme.engine.dram import Region
 from mktme.engine.xts import PAGE_BYTES
 
@@ -70,9 +70,14 @@ class View:
         """A VM's memory, by guest-physical address.
 
         Raises:
-            DumpError: there is no VM of the name.
+            DumpError: there is no VM of the name, or it has no memory yet.
         """
         record = image.vm(name)
+        if not record.segments:
+            raise DumpError(
+                f"{image.path}: VM {name!r} has no memory yet",
+                hint="capture it when its guest has started",
+            )
         runs = sorted(
             (record.base + one.ram_offset, one.guest_physical, one.size_bytes)
             for one in record.segments

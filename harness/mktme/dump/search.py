@@ -20,6 +20,7 @@ from mktme.dump.aes_keys import Form, xts_partners
 from mktme.dump.image import CHUNK_BYTES, DumpImage
 from mktme.dump.patterns import Match, Searcher, Window
 from mktme.engine.sidecar import Sidecar
+from mktme.engine.text import spelled
 
 DEFAULT_LIMIT: Final = 100
 
@@ -161,7 +162,7 @@ def search(
     return SearchReport(
         schema="mktme.dump-search",
         version=1,
-        image=str(image.path),
+        image=spelled(image.path),
         size_bytes=image.size_bytes,
         searched_bytes=searched,
         duration_s=time.monotonic() - started,

@@ -35,10 +35,14 @@ from mktme.dump.strings import MIN_ASCII, MIN_UTF16, String
 from mktme.dump.zones import EXCLUDED, Zones, zone_key
 from mktme.engine.dram import Region
 from mktme.engine.keys import KeyMode
+from mktme.engine.text import spelled
 from mktme.engine.xts import LINE_BYTES, PAGE_BYTES, Algorithm
 
 P_LIMIT: Final = 1e-6
-"""Chi-square so far out, to either side, is no chance: once in half a million images."""
+"""What is less likely than this, in any of an image's written KeyIDs, is no chance: chi-square to
+either side and the longest strings. Each KeyID has its part of it."""
+COMPRESSION_LIMIT: Final = 1.0
+"""zlib makes noise larger, by its frame of 9 to 11 bytes a page; never smaller."""
 MIN_LINES: Final = 20
 """Chi-square wants 5 bytes of each value: 1280 bytes."""
 
@@ -61,13 +65,17 @@ class Thresholds:
     Attributes:
         page_deviations: a page whose entropy is that many deviations below a random page's mean.
         whole_page_entropy: what that is for a page of 64 written lines, bits per byte.
-        p_value: chi-square less likely than this, too large or too small.
-        min_lines: with fewer written lines nothing is said.
+        p_value: chi-square less likely than this, too large or too small; or strings as long as
+            the longest, of which random bytes have fewer than this: 10^-6 over the number of KeyIDs
+            that are written under.
+        compression: zlib's output by its input: less than this.
+        min_lines: with fewer written lines nothing is said of chi-square, and none look encrypted.
     """
 
     page_deviations: float
     whole_page_entropy: float
     p_value: float
+    compression: float
     min_lines: int
 
 
@@ -268,11 +276,12 @@ def _report(image: DumpImage, tallies: dict[int, Tally], sampling: Sampling) -> 
     thresholds = Thresholds(
         page_deviations=PAGE_DEVIATIONS,
         whole_page_entropy=float(structured_below()[-1]),
-        p_value=P_LIMIT,
+        p_value=P_LIMIT / max(1, sum(one.lines > 0 for one in tallies.values())),
+        compression=COMPRESSION_LIMIT,
         min_lines=MIN_LINES,
     )
     keyids = tuple(
-        _zone(image, zone, pages, tallies.get(zone, Tally.merged(())), sampling)
+        _zone(image, zone, pages, tallies.get(zone, Tally.merged(())), sampling, thresholds)
         for zone, pages in Zones(image).sizes().items()
     )
     blocks = Sketch.merged(one.blocks for one in tallies.values())
@@ -280,7 +289,7 @@ def _report(image: DumpImage, tallies: dict[int, Tally], sampling: Sampling) -> 
     return StatsReport(
         schema="mktme.dump-stats",
         version=1,
-        image=str(image.path),
+        image=spelled(image.path),
         described=image.sidecar is not None,
         size_bytes=image.size_bytes,
         pages=-(-image.size_bytes // PAGE_BYTES),
@@ -294,7 +303,14 @@ def _report(image: DumpImage, tallies: dict[int, Tally], sampling: Sampling) -> 
     )
 
 
-def _zone(image: DumpImage, zone: int, pages: int, tally: Tally, sampling: Sampling) -> ZoneStats:
+def _zone(
+    image: DumpImage,
+    zone: int,
+    pages: int,
+    tally: Tally,
+    sampling: Sampling,
+    limits: Thresholds,
+) -> ZoneStats:
     size = tally.lines * LINE_BYTES
     key = zone_key(image, zone)
     keyid = 0 if zone == EXCLUDED else zone
@@ -303,7 +319,8 @@ def _zone(image: DumpImage, zone: int, pages: int, tally: Tally, sampling: Sampl
     p_value = None if chi is None else chi_square_p(chi)
     blocks = _repeats(tally.blocks, BLOCK_BYTES, sampling.shift)
     lines = _repeats(tally.line_values, LINE_BYTES, sampling.shift)
-    reasons = _reasons(tally, p_value, blocks, lines)
+    ratio = tally.compressed_to / tally.compressed_from if tally.compressed_from else None
+    reasons = _reasons(tally, p_value, ratio, blocks, lines, limits)
     return ZoneStats(
         keyid=keyid,
         excluded=zone == EXCLUDED,
@@ -330,7 +347,7 @@ def _zone(image: DumpImage, zone: int, pages: int, tally: Tally, sampling: Sampl
             pages=tally.compressed_pages,
             bytes_before=tally.compressed_from,
             bytes_after=tally.compressed_to,
-            ratio=tally.compressed_to / tally.compressed_from if tally.compressed_from else None,
+            ratio=ratio,
         ),
         strings=_strings(tally),
         byte_histogram=tuple(tally.histogram.tolist()),
@@ -349,22 +366,41 @@ def _verdict(tally: Tally, reasons: tuple[str, ...]) -> Verdict:
 
 
 def _reasons(
-    tally: Tally, p_value: float | None, blocks: Repeats, lines: Repeats
+    tally: Tally,
+    p_value: float | None,
+    ratio: float | None,
+    blocks: Repeats,
+    lines: Repeats,
+    limits: Thresholds,
 ) -> tuple[str, ...]:
     found: list[str] = []
+    limit = limits.p_value
     if tally.first_structured is not None:
         found.append(
             f"{tally.structured:,} of {tally.pages:,} pages have too little entropy, the first at"
             f" {tally.first_structured * PAGE_BYTES:#x}"
         )
-    if p_value is not None and tally.lines >= MIN_LINES:
-        if p_value < P_LIMIT:
-            found.append(f"bytes not equally frequent: p < {short(P_LIMIT)}")
-        elif p_value > 1 - P_LIMIT:
-            found.append(f"bytes more equally frequent than by chance: p > 1 - {short(P_LIMIT)}")
+    if p_value is not None and tally.lines >= limits.min_lines:
+        if p_value < limit:
+            found.append(f"bytes not equally frequent: p < {short(limit)}")
+        elif p_value > 1 - limit:
+            found.append(f"bytes more equally frequent than by chance: p > 1 - {short(limit)}")
     for what, one in (("16-byte blocks", blocks), ("lines", lines)):
         if one.repeated:
             found.append(f"{one.repeated:,} of {one.counted:,} {what} come more than once")
+    if ratio is not None and ratio < limits.compression:
+        found.append(f"zlib makes it smaller: {ratio:.1%}")
+    for encoding, strings, width, share in (
+        ("ASCII", tally.ascii, 1, _PRINTABLE),
+        ("UTF-16LE", tally.utf16, 2, _PRINTABLE / SYMBOLS),
+    ):
+        for longest in strings.longest[:1]:
+            chars = tally.lines * LINE_BYTES // width
+            if _by_chance(chars, tally.pages, longest.chars, share) < limit:
+                found.append(
+                    f"{longest.chars:,} printable characters of {encoding} in a row, at"
+                    f" {longest.address:#x}: no chance"
+                )
     return tuple(found)
 
 

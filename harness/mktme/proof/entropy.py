@@ -8,6 +8,7 @@ without encryption fails to show.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from mktme.engine.xts import PAGE_BYTES
+from mktme.dump.analysis import by_entropy, page_entropy, written_lines
+from mktme.engine.xts import LINE_BYTES, PAGE_BYTES
 from mktme.proof.guest_ram import memory_of
 from mktme.vm.platform import Vm
 
@@ -37,7 +39,8 @@ Counts = Annotated[
 class EntropyComparison:
     """The entropy of some of a held guest's pages, as the guest has them and as DRAM does.
 
-    Pages are drawn evenly from those that DRAM holds anything of. Bin i of `BINS` counts pages of
+    Pages are drawn evenly from those that DRAM holds anything of; lines that were never written are
+    left out of them, on both sides. Bin i of `BINS` counts pages of
     i/4 to (i+1)/4 bits a byte; 8 bits are in the last one.
 
     Attributes:
@@ -56,27 +59,9 @@ class EntropyComparison:
     ciphertext_mean: float
 
 
-def page_entropy(pages: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    """Shannon entropy of each page's bytes.
-
-    Args:
-        pages: uint8, shape (n, 4096).
-
-    Returns:
-        Bits a byte, 0 to 8: float64, shape (n,). Random bytes have 7.955 on average: 4096 of them
-        do not fill 256 bins evenly.
-    """
-    seen = np.empty((len(pages), 256), np.intp)
-    for row, page in zip(seen, pages, strict=True):
-        row[:] = np.bincount(page, minlength=256)
-    # The sum of n log n, of n from 0 to 4096, looked up.
-    return np.asarray(np.log2(PAGE_BYTES) - _N_LOG_N[seen].sum(axis=1) / PAGE_BYTES)
-
-
-def histogram(entropy: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """Pages a bin of `BIN_BITS`: int64, shape (BINS,)."""
-    bins = np.clip((entropy / BIN_BITS).astype(np.int64), 0, BINS - 1)
-    return np.bincount(bins, minlength=BINS)
+def coarse(entropies: npt.NDArray[np.float64]) -> tuple[int, ...]:
+    """Pages by entropy, in `BINS` bins."""
+    return tuple(by_entropy(entropies).reshape(BINS, -1).sum(axis=1).tolist())
 
 
 def compare_entropy(vm: Vm, dram: Path, sample_pages: int = SAMPLE_PAGES) -> EntropyComparison:
@@ -90,6 +75,7 @@ def compare_entropy(vm: Vm, dram: Path, sample_pages: int = SAMPLE_PAGES) -> Ent
     Raises:
         VmError: its QEMU is not linked to the engine.
         GuestRamError: its RAM cannot be read.
+        OSError: the DRAM file cannot be read.
     """
     with dram.open("rb", buffering=0) as file, memory_of(vm) as memory:
         fd = file.fileno()
@@ -99,12 +85,17 @@ def compare_entropy(vm: Vm, dram: Path, sample_pages: int = SAMPLE_PAGES) -> Ent
         ciphertext = _matrix(
             os.pread(fd, PAGE_BYTES, vm.base + int(page) * PAGE_BYTES) for page in drawn
         )
-    before, after = page_entropy(plaintext), page_entropy(ciphertext)
+    written_here = written_lines(ciphertext)
+    kept = written_here.any(axis=1)
+    lines = written_here[kept].sum(axis=1, dtype=np.int64)
+    # What was never written in DRAM says nothing of encryption, on either side.
+    clear = np.where(np.repeat(written_here, LINE_BYTES, axis=1), plaintext, np.uint8(0))
+    before, after = (page_entropy(pages[kept], lines)[0] for pages in (clear, ciphertext))
     return EntropyComparison(
-        pages=len(drawn),
+        pages=len(lines),
         written_pages=len(written),
-        plaintext=tuple(histogram(before).tolist()),
-        ciphertext=tuple(histogram(after).tolist()),
+        plaintext=coarse(before),
+        ciphertext=coarse(after),
         plaintext_mean=_mean(before),
         ciphertext_mean=_mean(after),
     )
@@ -117,7 +108,9 @@ def _written_pages(fd: int, base: int, size_bytes: int) -> npt.NDArray[np.int64]
     while at < end:
         try:
             start = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError:  # ENXIO: holes from here on
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # that is: holes from here on
+                raise
             break
         at = os.lseek(fd, start, os.SEEK_HOLE)
         first, last = (min(one, end) - base for one in (start, at))
@@ -131,7 +124,3 @@ def _matrix(pages: Iterable[bytes]) -> npt.NDArray[np.uint8]:
 
 def _mean(values: npt.NDArray[np.float64]) -> float:
     return float(values.mean()) if len(values) else 0.0
-
-
-_N: Final = np.arange(PAGE_BYTES + 1, dtype=np.float64)
-_N_LOG_N: Final = _N * np.log2(np.maximum(_N, 1))

@@ -22,8 +22,10 @@ from typing import Final, Literal, Protocol, TypeVar
 
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
+from mktme.engine.errors import MktmeError
 from mktme.engine.firmware import PlatformConfig
 from mktme.engine.keys import KeyMode
+from mktme.engine.text import spelled
 from mktme.engine.xts import PAGE_BYTES
 from mktme.proof.confidentiality import (
     Canary,
@@ -285,7 +287,7 @@ class _Session:
                 ),
             )
             self._compare(stores, control=True)
-            clear.entropy = compare_entropy(clear.vm, self._platform.dram_path)
+            clear.entropy = self._entropy(clear.vm)
             self._search(clear, canary, control=True)
             readable = _readable_with_the_same_key(self._platform, stores.vm, canary)
             self._check(
@@ -321,8 +323,8 @@ class _Session:
             checks=tuple(sorted(self._checks, key=lambda one: (one.control, _ORDER[one.proof]))),
             isolation=self._isolation,
             engine_memory=self._platform.engine.status().memory,
-            dram=None if dram is None else str(dram.absolute()),
-            sidecar=None if self._sidecar is None else str(self._sidecar),
+            dram=None if dram is None else spelled(dram.absolute()),
+            sidecar=None if self._sidecar is None else spelled(self._sidecar),
             notices=tuple(self._notices),
             arguments=self._options.arguments,
         )
@@ -370,8 +372,19 @@ class _Session:
     def _look(self, what: str) -> None:
         if self._options.look is not None:
             with self._narrator.step("taking pictures of DRAM"):
-                self._platform.engine.write_sidecar()
-                self._options.look(self._platform.dram_path, what)
+                try:
+                    self._platform.engine.write_sidecar()
+                    self._options.look(self._platform.dram_path, what)
+                except (MktmeError, OSError) as error:  # it is no proof
+                    self._note(f"no picture of DRAM: {error}")
+
+    def _entropy(self, vm: Vm) -> EntropyComparison | None:
+        """No proof either: a run goes on without it."""
+        try:
+            return compare_entropy(vm, self._platform.dram_path)
+        except (MktmeError, OSError) as error:
+            self._note(f"{vm.name}: entropy not compared: {error}")
+            return None
 
     def _side_by_side(self, jobs: Iterable[Callable[[], _T]]) -> list[_T]:
         """Run jobs at once; if one fails or the user interrupts, the others' guests go too."""
@@ -393,7 +406,7 @@ class _Session:
         vm = guest.vm
         with self._narrator.step(f"{vm.name}: comparing DRAM with RAM") as progress:
             found = guest.comparison = compare_memory(vm, vm.require_engine(), progress)
-            guest.entropy = compare_entropy(vm, self._platform.dram_path)
+            guest.entropy = self._entropy(vm)
         finding = f"{found.lines_mismatched:,} of {found.lines_compared:,} lines differ"
         if found.lines_mismatched:
             finding += (

@@ -9,6 +9,7 @@ and the thread asks half as often.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ CAPACITY: Final = 512
 SHARE: Final = 0.02
 """The most of its time that the engine is to spend on answers: they take longer for more DRAM."""
 
+_LEAST_STEP_S: Final = 0.000_9
+
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
@@ -41,7 +44,7 @@ class Timeline:
     at that moment. A column that the guest's data path has no such counter for is empty.
 
     Attributes:
-        at_s: when, seconds from the guest's first instruction; ascending.
+        at_s: when, seconds from the guest's first instruction, to the millisecond; ascending.
         worked_s: from when to when its workload ran; None if it had none.
         lines_stored: changed lines of 64 bytes that a vCPU's store had marked.
         lines_other: `shadow`: changed lines that only a page scan saw.
@@ -67,8 +70,9 @@ class Timeline:
         for name in COUNTERS:
             if len(getattr(self, name)) not in (0, len(self.at_s)):
                 raise ValueError(f"{name} has another number of samples than at_s")
-        if any(later <= earlier for earlier, later in zip(self.at_s, self.at_s[1:], strict=False)):
-            raise ValueError("at_s does not ascend")
+        # Whole milliseconds are apart by no more exactly than a float is.
+        if any(later - earlier < _LEAST_STEP_S for earlier, later in itertools.pairwise(self.at_s)):
+            raise ValueError("at_s does not ascend, by a millisecond at least")
 
 
 COUNTERS: Final = tuple(

@@ -158,7 +158,7 @@ def entropy_chart(one: str, name: str, found: EntropyComparison) -> Chart:
 
 
 def keyid_entropy_chart(
-    one: str, keyid: int, written_pages: int, bins: Sequence[int], mean: float
+    one: str, keyid: str, written_pages: int, bins: Sequence[int], mean: float
 ) -> Chart:
     """Written pages of a KeyID by their entropy."""
     edges = np.arange(BINS + 1) * BIN_BITS
@@ -329,8 +329,15 @@ def entropy_map(one: str, name: str, shown: DumpMap) -> Chart:
     )
 
 
-def keyid_map(one: str, name: str, shown: DumpMap) -> Chart:
-    """An image's written pages in the order of their addresses, coloured by KeyID."""
+def keyid_map(one: str, name: str, shown: DumpMap, written: Sequence[int]) -> Chart:
+    """An image's written pages in the order of their addresses, coloured by KeyID.
+
+    Args:
+        one: the chart's id.
+        name: the image's.
+        shown: its map.
+        written: all KeyIDs that a page was written under; a cell of several pages shows one.
+    """
     there = np.where(np.isnan(shown.entropy), np.nan, shown.keyid.astype(np.float32))
     keyids = np.unique(there[~np.isnan(there)]).astype(int).tolist()
     place = {keyid: number for number, keyid in enumerate(keyids)}
@@ -351,8 +358,11 @@ def keyid_map(one: str, name: str, shown: DumpMap) -> Chart:
     return _map(
         one,
         f"KeyIDs in {name}",
-        "Each cell is" + _cells(shown) + ", left to right, then down; cells without a colour were"
-        f" never written. KeyIDs that were written under: {', '.join(map(str, keyids)) or 'none'}.",
+        "Each cell is"
+        + _cells(shown)
+        + ", the KeyID of the first of them" * (shown.cell_pages > 1)
+        + ", left to right, then down; cells without a colour were never written. KeyIDs that were"
+        f" written under: {', '.join(map(str, written)) or 'none'}.",
         shown,
         numbers,
         colours,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the page shows, and where each figure on it is from.
 
-Every figure is an HTML `data` element. It has the value as the JSON at the page's end has it, and
-the JSON Pointer (RFC 6901) to it there, so that a program can check the page against the document:
-`data-in` is the document's element, `data-at` the pointer.
+Every figure in a table of results is an HTML `data` element. It has the value as the JSON at the
+page's end has it, and the JSON Pointer (RFC 6901) to it there, so that a program can check the page
+against the document: `data-in` is the document's element, `data-at` the pointer.
 
 Names of guests, files and commands are whoever's who made the report. Jinja escapes them; what
 could still deceive a reader (control characters, those that turn the direction of writing) is
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,17 +24,13 @@ import jinja2
 import msgspec
 from markupsafe import Markup
 
+from mktme.engine.text import UNSAFE, shown
 from mktme.proof.report import Check, GuestReport, RunReport, encode
 from mktme.report import charts
 from mktme.report.charts import Chart, Traffic
 from mktme.report.dumps import Look
 
 _HERE: Final = Path(__file__).parent
-# C0 but tab and line feed, DEL and C1, marks and overrides of direction, byte order mark, lone
-# surrogates, noncharacters: https://www.unicode.org/reports/tr36/#Bidirectional_Text_Spoofing
-_UNSAFE: Final = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff\ufffe\uffff]"
-)
 _PROOFS: Final = {
     "transparency": (
         "The guest cannot tell. Its memory, decrypted from DRAM, is what the guest has; and what"
@@ -109,7 +104,7 @@ def render(report: RunReport, looks: Sequence[Look] = ()) -> bytes:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: _clean(value) if type(value) is str else value,
+        finalize=lambda value: shown(value) if type(value) is str else value,
     )
     checks_passed = sum(check.passed for check in report.checks)
     html = environment.get_template("template.html.j2").render(
@@ -124,7 +119,7 @@ def render(report: RunReport, looks: Sequence[Look] = ()) -> bytes:
         checksums=_checksums(report.guests),
         command=shlex.join(("mktme", *report.arguments)) if report.arguments else None,
         entropy_charts=[
-            charts.entropy_chart(f"entropy-{at}", _clean(guest.name), guest.entropy)
+            charts.entropy_chart(f"entropy-{at}", shown(guest.name), guest.entropy)
             for at, guest in enumerate(report.guests)
             if guest.entropy is not None and guest.entropy.pages
         ],
@@ -148,13 +143,9 @@ def render(report: RunReport, looks: Sequence[Look] = ()) -> bytes:
     return html.encode()
 
 
-def _clean(text: str) -> str:
-    return _UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text)
-
-
 def _json_escaped(text: str) -> str:
-    """The same JSON without what `_clean` would replace: all of it is in strings."""
-    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    """The same JSON without what `shown` would replace: all of it is in strings."""
+    return UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _json_text(text: str) -> Markup:
@@ -172,7 +163,7 @@ def _figure(document: Any, name: str, pointer: str, form: str) -> Markup:
         return Markup('<span class="none">none</span>')
     raw = value if isinstance(value, str) else msgspec.json.encode(value).decode()
     return Markup('<data value="{}" data-in="{}" data-at="{}">{}</data>').format(
-        _clean(raw), name, _clean(pointer), _clean(_FORMATS[form](value))
+        shown(raw), name, shown(pointer), shown(_FORMATS[form](value))
     )
 
 
@@ -234,33 +225,34 @@ def _traffic(guest: GuestReport) -> Traffic | None:
         tracker, series = "pages alone", {"lines_other": "all, not told apart"}
     if not all(getattr(timeline, column) for column in series):
         return None
-    return Traffic(_clean(guest.name), tracker, timeline, series)
+    return Traffic(shown(guest.name), tracker, timeline, series)
 
 
 def _window_charts(guests: tuple[GuestReport, ...]) -> list[Chart]:
-    shown = []
+    drawn = []
     for at, guest in enumerate(guests):
-        timeline, paging, name = guest.timeline, guest.paging, _clean(guest.name)
+        timeline, paging, name = guest.timeline, guest.paging, shown(guest.name)
         if timeline is None or paging is None or len(timeline.at_s) < 2:
             continue
         if timeline.resident_bytes:
-            shown.append(charts.window_chart(f"window-{at}", name, timeline, paging.window_bytes))
+            drawn.append(charts.window_chart(f"window-{at}", name, timeline, paging.window_bytes))
         if timeline.faults and timeline.pages_evicted:
-            shown.append(charts.paging_chart(f"paging-{at}", name, timeline))
-    return shown
+            drawn.append(charts.paging_chart(f"paging-{at}", name, timeline))
+    return drawn
 
 
 def _dump_charts(at: int, look: Look) -> tuple[list[Chart], list[Chart]]:
     """An image's maps, and the entropy of its KeyIDs."""
-    name = _clean(look.figures.name)
+    name = shown(look.figures.name)
+    written = sorted({one.keyid for one in look.figures.keyids if one.written_pages})
     maps = [
         charts.entropy_map(f"dump-{at}-entropy", name, look.map),
-        charts.keyid_map(f"dump-{at}-keyids", name, look.map),
+        charts.keyid_map(f"dump-{at}-keyids", name, look.map, written),
     ]
     keyids = [
         charts.keyid_entropy_chart(
-            f"dump-{at}-keyid-{one.keyid}",
-            one.keyid,
+            f"dump-{at}-keyid-{one.keyid}{'-excluded' * one.excluded}",
+            f"{one.keyid}{', excluded' * one.excluded}",
             one.written_pages,
             one.entropy,
             one.entropy_mean,

@@ -28,7 +28,7 @@ VM_UUID = UUID("11111111-2222-4333-8444-555555555555")
 VM_BASE, VM_BYTES, VM_KEYID = 256 << 10, 512 << 10, 3
 
 
-def describe(size_bytes: int = DRAM_BYTES) -> Sidecar:
+def describe(size_bytes: int = DRAM_BYTES, name: str = "alice") -> Sidecar:
     """One VM in the middle of DRAM, all of its pages under one KeyID."""
     return Sidecar(
         platform=PlatformRecord(maxphyaddr=46, keyid_bits=6, dram_bytes=size_bytes),
@@ -39,7 +39,7 @@ def describe(size_bytes: int = DRAM_BYTES) -> Sidecar:
         vms=(
             VmRecord(
                 uuid=VM_UUID,
-                name="alice",
+                name=name,
                 base=VM_BASE,
                 size_bytes=VM_BYTES,
                 keyid=VM_KEYID,

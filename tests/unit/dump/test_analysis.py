@@ -119,7 +119,7 @@ def test_line_with_one_bit_was_written() -> None:
 
 def test_from_where_on_a_page_is_structured() -> None:
     limits = structured_below()
-    assert limits[64] == pytest.approx(7.9546 - 7 * 0.0040, abs=3e-4)
+    assert limits[64] == pytest.approx(7.9546 - 8 * 0.0040, abs=3e-4)
     assert (np.diff(limits[1:]) > 0).all()
     # One line: 64 random bytes have about 57 values.
     assert 5 < limits[1] < 5.8
@@ -212,3 +212,8 @@ def test_however_pages_are_cut_up(
     middle = order.randint(0, len(parts))
     merged = Tally.merged([Tally.merged(parts[:middle]), Tally.merged(parts[middle:])])
     assert same(merged, tally_pages(pages, numbers, sampling))
+
+
+def test_no_pages_have_no_entropy() -> None:
+    entropies, counts = page_entropy(np.empty((0, PAGE), np.uint8), np.empty(0, np.int64))
+    assert (entropies.shape, counts.shape) == ((0,), (0, 256))

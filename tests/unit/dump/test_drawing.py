@@ -10,6 +10,7 @@ import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import matplotlib as mpl
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ from mktme.dump.pictures import Request, make_picture
 from mktme.dump.pixels import Order, What
 from mktme.engine.sidecar import PageRange
 
-from .conftest import DRAM_BYTES, PAGE, VM_BASE, MakeImage, describe
+from .conftest import DRAM_BYTES, PAGE, VM_BASE, VM_KEYID, MakeImage, describe
 from .contents import prose
 
 GREY = (0xD4, 0xD4, 0xD4)
@@ -93,6 +94,15 @@ def test_same_picture_is_the_same_file(make_image: MakeImage) -> None:
         assert render(picture, form) == render(make_picture(request), form)
 
 
+def test_settings_of_the_user_do_not_matter(make_image: MakeImage) -> None:
+    picture = make_picture(Request(Source(make_image({0: prose(PAGE)}))))
+    for form in Format:
+        expected = render(picture, form)
+        with mpl.rc_context({"image.origin": "lower", "axes.titlesize": 40, "font.weight": "bold"}):
+            assert render(picture, form) == expected
+            assert mpl.rcParams["image.origin"] == "lower"  # and are as they were
+
+
 def test_keyids_beyond_the_colours_share_one(make_image: MakeImage) -> None:
     pages = tuple(PageRange(base=at * PAGE, size_bytes=PAGE, keyid=at) for at in range(1, 12))
     record = msgspec.structs.replace(describe(), pages=pages, vms=())
@@ -105,10 +115,32 @@ def test_keyids_beyond_the_colours_share_one(make_image: MakeImage) -> None:
 
 @pytest.mark.parametrize("what", [What.WRITTEN, What.KEYID])
 def test_other_pictures(make_image: MakeImage, what: What) -> None:
-    source = Source(make_image({VM_BASE: prose(64)}))
-    picture = decode(picture_png(Request(source, what)))
+    """4 of the VM's 128 pages were written, in the middle of the picture's lower half."""
+    request = Request(Source(make_image({VM_BASE + 40 * PAGE: prose(4 * PAGE)})), what)
+    picture = decode(picture_png(request))
     assert picture.shape[1] >= 900
-    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 10
+    page_dots = (1024 // 16) ** 2
+    patch = page_dots // 4  # the legend's, at most
+
+    def pages(colour: tuple[int, int, int]) -> float:
+        return count(picture, colour) / page_dots
+
+    if what is What.WRITTEN:
+        red, green, blue, _ = (round(one * 255) for one in colormaps["cividis"](1.0))
+        assert pages((red, green, blue)) == pytest.approx(4, abs=0.5)
+        assert pages(GREY) == pytest.approx(252, abs=12)
+        return
+    okabe_ito = ((0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00))
+    colours = dict(zip(make_picture(request).keyids, okabe_ito, strict=True))
+
+    def pale(keyid: int) -> tuple[int, int, int]:
+        red, green, blue = (round(255 * 0.75 + 0.25 * one) for one in colours[keyid])
+        return red, green, blue
+
+    assert pages(colours[VM_KEYID]) == pytest.approx(4, abs=0.5)
+    assert 0 < count(picture, colours[0]) < patch
+    assert pages(pale(VM_KEYID)) == pytest.approx(124, abs=12)
+    assert pages(pale(0)) == pytest.approx(128, abs=12)
 
 
 def test_two_beside_each_other_fit(make_image: MakeImage, tmp_path: Path) -> None:

@@ -158,6 +158,15 @@ def test_beside_its_plaintext(make_image: MakeImage, tmp_path: Path) -> None:
     assert "--vm" in (caught.value.hint or "")
 
 
+def test_vm_that_has_no_memory_yet(make_image: MakeImage) -> None:
+    record = describe()
+    vm = msgspec.structs.replace(record.vms[0], segments=())
+    path = make_image({}, msgspec.structs.replace(record, vms=(vm,)))
+    with pytest.raises(DumpError, match="VM 'alice' has no memory yet") as caught:
+        make_picture(Request(Source(path), vm="alice"))
+    assert caught.value.hint
+
+
 def test_requests_that_make_no_sense(make_image: MakeImage) -> None:
     source = Source(make_image({}))
     for request in (

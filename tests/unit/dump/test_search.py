@@ -178,8 +178,14 @@ def test_matches_of_an_expression() -> None:
             return places(image, searcher, chunk_bytes=PAGE)
 
         assert found("foo.*bar") == [(3, 20)]
-        assert found("foo.*bar", 15) == [(3, 16)]
-        assert found("foo.*?bar", 12) == []
+        assert found("foo.*bar", 15) == [(3, 16), (8, 20)]
+        assert found("foo.*?bar", 12) == [(8, 20)]
+        assert found("foo.*?bar", 11) == [(8, 16)]
+        assert found("foo.*?bar", 7) == []
+        assert found("^.*bar", 12) == []
+        assert found(r"\.foo.*bar", 12) == [(7, 16)]
+        assert found(r"\Bfoo.*bar", 12) == []
+        assert found(r"\bfoo.*bar", 12) == [(8, 20)]
         assert found("foo") == [(3, 6), (8, 11)]
         assert found("x+") == [(PAGE, 2 * PAGE)]
         assert found("x+", 100) == [(PAGE, PAGE + 100)]
@@ -187,6 +193,42 @@ def test_matches_of_an_expression() -> None:
         assert found(r"\Af") == []
         assert found(r"x{3}\z") == [(2 * PAGE - 3, 2 * PAGE)]
         assert found(r"(?s)\.x{20}", 21) == [(PAGE - 1, PAGE + 20)]
+
+
+@given(
+    st.lists(st.sampled_from([b"foo", b"bar", b".", b"\n"]), max_size=60),
+    st.sampled_from(
+        ["foo.*bar", "foo.*?bar", r"foo[\s\S]*?bar", "foo.*", r"\bfoo[^b]*ba", "^foo.*r"]
+    ),
+    st.integers(4, 60),
+)
+def test_what_is_too_long_hides_nothing(words: list[bytes], expression: str, longest: int) -> None:
+    text = b"".join(words)
+    memory = bytearray(b"." * (3 * PAGE))
+    at = PAGE - len(text) // 2
+    memory[at : at + len(text)] = text
+    compiled = re.compile(expression.encode(), re.M)
+    theirs: dict[int, int] = {}
+    for end in range(at, at + len(text) + longest):
+        near = range(max(0, end - longest), end)
+        first = next((one for one in near if compiled.fullmatch(memory, one, end)), None)
+        if first is not None:
+            theirs[first] = end
+    with raw_image(memory) as image:
+        searcher = Searcher([Pattern.regex(expression)], max_match_bytes=longest)
+        found = places(image, searcher)
+        assert dict(found) == theirs
+        assert found == places(image, searcher, chunk_bytes=PAGE)
+
+
+def test_two_keys_that_are_apart() -> None:
+    begin, end = b"-----BEGIN RSA PRIVATE KEY-----", b"-----END RSA"
+    memory = bytearray(NOISE)
+    for at in (100, 100 + (10 << 10)):
+        memory[at : at + 1700] = begin + b"k" * (1700 - len(begin) - len(end)) + end
+    with raw_image(memory) as image:
+        searcher = Searcher([Pattern.regex(r"BEGIN RSA[\s\S]*?END RSA")])
+        assert places(image, searcher) == [(105, 1800), (10 * 1024 + 105, 10 * 1024 + 1800)]
 
 
 def test_long_run_over_several_pieces_is_one_match() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
+from math import log
 from pathlib import Path
 
 import msgspec
@@ -15,6 +16,7 @@ import pytest
 from mktme.dump.analysis import Tally
 from mktme.dump.cluster import HERE, Source, Workers, fold, read_pages
 from mktme.dump.image import DumpChangedError, DumpError, DumpImage
+from mktme.dump.randomness import chi_square_p
 from mktme.dump.stats import StatsReport, Verdict, ZoneStats, dump_stats, merge_tallies
 from mktme.dump.zones import EXCLUDED, Zones
 from mktme.engine.dram import Region
@@ -35,6 +37,23 @@ CLEAR_BASE = VM_BASE + VM_BYTES - CLEAR_BYTES
 def zone(report: StatsReport, keyid: int, *, excluded: bool = False) -> ZoneStats:
     (found,) = (one for one in report.keyids if (one.keyid, one.excluded) == (keyid, excluded))
     return found
+
+
+def with_line(line: bytes) -> bytes:
+    """Ciphertext but for one line, in the middle of it."""
+    ciphertext = encrypt(PLAINTEXT, VM_BASE)
+    at = VM_BYTES // 4 + 64
+    return ciphertext[:at] + line + ciphertext[at + 64 :]
+
+
+def shifted_copies() -> bytes:
+    """Noise, some of which comes again in each page, but not as a whole block of the cipher."""
+    rng = random.Random(2)
+    pages = []
+    for _ in range(VM_BYTES // PAGE):
+        page = rng.randbytes(PAGE - 200)
+        pages.append(page[:1000] + page[:200] + page[1000:])
+    return b"".join(pages)
 
 
 def test_ciphertext_looks_encrypted(make_image: MakeImage) -> None:
@@ -71,8 +90,21 @@ def test_ciphertext_looks_encrypted(make_image: MakeImage) -> None:
             "1 of 128 pages have too little entropy, the first at 0xbf000",
         ),
         (random.Random(1).randbytes(VM_BYTES // 2 - 16) * 2 + bytes(32), "16-byte blocks come mor"),
+        (with_line(PLAINTEXT[:64]), "67 printable characters of ASCII in a row, at 0x6003e"),
+        (with_line(PLAINTEXT[:32].decode().encode("utf-16le")), "32 printable characters of UTF-1"),
+        (shifted_copies(), "zlib makes it smaller: 96."),
     ],
-    ids=["plaintext", "plaintext-bytes", "no-tweak", "counter", "one-page", "copy"],
+    ids=[
+        "plaintext",
+        "plaintext-bytes",
+        "no-tweak",
+        "counter",
+        "one-page",
+        "copy",
+        "one-line",
+        "one-line-of-utf16",
+        "shifted-copy",
+    ],
 )
 def test_what_is_to_be_encrypted_and_is_not(
     make_image: MakeImage, content: bytes, reason: str
@@ -126,6 +158,18 @@ def test_part_of_keyid_0_that_is_excluded(make_image: MakeImage) -> None:
     assert rest.pages == (DRAM_BYTES - VM_BYTES - size) // PAGE
     assert report.passed
     assert sum(one.pages for one in report.keyids) == report.pages
+
+
+def test_limits_are_of_the_whole_image(make_image: MakeImage) -> None:
+    """The more pages and KeyIDs, the more comes by chance: limits leave room for it."""
+    one = dump_stats(Source(make_image({VM_BASE: encrypt(PLAINTEXT, VM_BASE)})))
+    more = {VM_BASE: encrypt(PLAINTEXT, VM_BASE), 0: encrypt(PLAINTEXT[:PAGE], 0)}
+    two = dump_stats(Source(make_image(more, name="two")))
+    assert one.thresholds.p_value == 1e-6
+    assert two.thresholds.p_value == 5e-7
+    # A whole page that is that uneven: its chi-square's tail times the pages of 64 GiB.
+    deficit = 8 - one.thresholds.whole_page_entropy
+    assert chi_square_p(2 * PAGE * log(2) * deficit) * (1 << 24) < 1e-3
 
 
 def test_little_memory_says_little(make_image: MakeImage) -> None:
@@ -239,6 +283,19 @@ def test_no_scheduler(scattered: Source, monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(DumpError, match="no Dask scheduler answers at") as caught:
             dump_stats(scattered, Workers(scheduler=address))
         assert "dask scheduler" in (caught.value.hint or "")
+
+
+def test_scheduler_without_workers(scattered: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distributed import LocalCluster
+
+    with LocalCluster(  # type: ignore[no-untyped-call]
+        n_workers=0, processes=False, protocol="tcp", dashboard_address=":0"
+    ) as cluster:
+        monkeypatch.setattr("mktme.dump.cluster._CONNECT_TIMEOUT_S", 1)
+        address = cluster.scheduler_address
+        with pytest.raises(DumpError, match=f"no worker at {address}") as caught:
+            dump_stats(scattered, Workers(scheduler=address))
+        assert caught.value.hint == f"dask worker {address} starts one"
 
 
 def test_progress_goes_up_to_the_end(scattered: Source) -> None:

@@ -94,6 +94,7 @@ def wrong(at_s: tuple[float, ...], faults: tuple[int, ...]) -> bytes:
     [
         (wrong((0.0, 1.0), (1,)), "faults has another number of samples than at_s"),
         (wrong((1.0, 1.0), (1, 1)), "at_s does not ascend"),
+        (wrong((0.0, 5e-324), (1, 1)), "at_s does not ascend"),
         (wrong((0.0,), (-1,)), r"Expected `int` >= 0 - at `\$\.faults\[0\]`"),
         (wrong((-1.0,), (0,)), r">= 0\.0 - at `\$\.at_s\[0\]`"),
         (wrong((0.0,), (1 << 63,)), "Expected `int` <= 9223372036854775807"),

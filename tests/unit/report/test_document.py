@@ -3,18 +3,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from mktme.proof.report import encode, write_json
+from mktme.proof.report import RunReport, encode, write_json
 from mktme.report import document
 from mktme.report.document import ReportError, read_report
+from mktme.report.page import render
 
 from ..proof.test_report import REPORT
 from .example import DEMO, INLINE
@@ -150,3 +153,25 @@ def test_any_value_anywhere_is_read_or_refused(
     except ReportError:
         return
     assert found.schema == "mktme.run"
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    st.lists(st.integers(0, 10**12).map(lambda ms: ms / 1000), min_size=1, max_size=4).map(sorted),
+    st.integers(0, (1 << 63) - 1),
+)
+@example([0.0, 5e-324], 1)
+@example([0.0, 0.001, 1e9], (1 << 63) - 1)
+def test_whatever_is_read_is_drawn(at_s: list[float], most: int) -> None:
+    one = json.loads(encode(DEMO))
+    guest = one["guests"][0]
+    columns = {"lines_stored": most, "lines_other": 0}
+    guest["timeline"] = {name: [value] * len(at_s) for name, value in columns.items()}
+    guest["timeline"] |= {"at_s": at_s, "worked_s": [0, at_s[-1]]}
+    one["guests"] = [guest]
+    text = json.dumps(one)
+    if any(later - earlier < 0.000_9 for earlier, later in itertools.pairwise(at_s)):
+        with pytest.raises(msgspec.ValidationError, match="does not ascend"):
+            msgspec.json.decode(text, type=RunReport)
+        return
+    assert b"</html>" in render(msgspec.json.decode(text, type=RunReport))

@@ -14,15 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
+from mktme.dump.cluster import Source
+from mktme.dump.stats import dump_stats
+from mktme.engine.sidecar import ExclusionRecord, PageRange
 from mktme.proof.isolation import IsolationMatrix
 from mktme.proof.report import Check, RunReport, encode
 from mktme.proof.timeline import Timeline
 from mktme.report.dumps import Look, look_at
 from mktme.report.page import render
 
-from ..dump.conftest import MakeImage
+from ..dump.conftest import VM_BASE, MakeImage, describe
 from ..proof.test_report import REPORT
 from .example import DEMO, INLINE
 from .markup import Parsed
@@ -398,10 +402,50 @@ def test_image_that_was_never_written(make_image: MakeImage) -> None:
 
 
 def test_large_image_has_no_more_cells(tmp_path: Path, make_image: MakeImage) -> None:
-    from ..dump.conftest import describe
-
     sidecar = describe(8 << 30)
     look = look_at(make_image({(8 << 30) - 4096: os.urandom(4096), 0: bytes(4096)}, sidecar))
     assert look.map.cell_pages == 16
     assert len(look.map.entropy) == len(look.map.keyid) == 1 << 17
-    assert look.figures.written_pages == 2
+    assert look.figures.written_pages == 1  # a page of zeros was not
+
+
+def test_keyids_are_told_that_no_cell_shows(make_image: MakeImage) -> None:
+    """A cell is 16 pages, and shows the first one's KeyID."""
+    sidecar = describe(8 << 30)
+    pages = (
+        PageRange(base=0, size_bytes=4096, keyid=0),
+        PageRange(base=4096, size_bytes=4096, keyid=7),
+        PageRange(base=64 << 10, size_bytes=4096, keyid=9),  # never written
+    )
+    sidecar = msgspec.structs.replace(sidecar, vms=(), pages=pages)
+    html = render(REPORT, [look_at(make_image({4096: os.urandom(4096)}, sidecar))]).decode()
+    assert "16 pages, the KeyID of the first of them, left to right" in html
+    assert "KeyIDs that were written under: 7." in html
+
+
+def test_page_and_stats_say_the_same(make_image: MakeImage) -> None:
+    """Of pages that are written in part, of zeros that are no holes, and of what is excluded."""
+    base, size = 0xC0000, 0x20000
+    record = msgspec.structs.replace(
+        describe(), exclusion=ExclusionRecord(mask=(1 << 40) - size, base=base)
+    )
+    data = {
+        0: os.urandom(4096),
+        base: b"plaintext " * 1000,
+        VM_BASE: os.urandom(64) + bytes(8192) + os.urandom(4096),
+    }
+    image = make_image(data, record)
+    with image.open("r+b") as file:
+        file.seek(VM_BASE + (64 << 10))
+        file.write(bytes(4096))
+    figures, stats = look_at(image).figures, dump_stats(Source(image))
+    assert figures.written_pages == stats.pages_written
+    assert len(figures.keyids) == len(stats.keyids) == 3
+    for one, zone in zip(figures.keyids, stats.keyids, strict=True):
+        assert (one.keyid, one.excluded, one.vms) == (zone.keyid, zone.excluded, zone.vms)
+        assert (one.pages, one.written_pages) == (zone.pages, zone.pages_written)
+        assert one.entropy_mean == pytest.approx(zone.page_entropy, abs=1e-5)
+        assert one.entropy == tuple(np.array(zone.page_histogram).reshape(32, 4).sum(1).tolist())
+    html = render(REPORT, [look_at(image)]).decode()
+    assert "excluded: plaintext" in html
+    assert "Entropy of pages under KeyID 0, excluded" in html
