@@ -283,7 +283,7 @@ def test_fault_of_the_engine_is_an_answer(
 ) -> None:
     """What no check foresaw is reported by its type alone, and the engine lives on."""
 
-    async def fail(_requests: Requests, _request: wire.Command) -> wire.Reply:
+    async def fail(_requests: Requests, _request: wire.Command, _client: object) -> wire.Reply:
         raise ZeroDivisionError("which quotes a secret")
 
     async def scenario(engine: Serving) -> None:
