@@ -11,6 +11,7 @@ from uuid import UUID
 
 from mktme.dump.image import DumpError
 from mktme.engine.sidecar import CaptureRecord, sidecar_path
+from mktme.engine.text import spelled
 from mktme.service.client import EngineClient
 
 
@@ -52,7 +53,7 @@ def capture(client: EngineClient, path: Path, names: Sequence[str] = ()) -> Capt
     return CaptureReport(
         schema="mktme.dump-capture",
         version=1,
-        image=str(path),
+        image=spelled(path),
         sidecar=str(sidecar_path(path)),
         vms=tuple(running[one] for one in chosen or running),
         capture=record,

@@ -48,6 +48,7 @@ from mktme.engine.dram import MAC_BYTES_OF, mac_path
 from mktme.engine.new_file import NewFile
 from mktme.engine.pages import runs_of_consecutive, runs_of_equal
 from mktme.engine.sidecar import GuestSegment, VmRecord
+from mktme.engine.text import spelled
 from mktme.engine.xts import LINE_BYTES, LINES_PER_PAGE, PAGE_BYTES
 
 PIECE_BYTES: Final = 1 << 19
@@ -436,7 +437,7 @@ def decrypt(
     return DecryptReport(
         schema="mktme.dump-decrypt",
         version=1,
-        image=str(image),
+        image=spelled(image),
         vm=memory.vm.name,
         out=str(out),
         format=kind,

@@ -14,6 +14,7 @@ from mktme.engine.dram import Region, mac_path
 from mktme.engine.keys import KeyMode
 from mktme.engine.sidecar import CaptureRecord, GuestSegment
 from mktme.engine.snapshot import ContentsDigest
+from mktme.engine.text import spelled
 from mktme.engine.xts import PAGE_BYTES, Algorithm
 
 
@@ -112,7 +113,7 @@ def describe_image(image: DumpImage, *, verify: bool = False) -> InfoReport:
     report = InfoReport(
         schema="mktme.dump-info",
         version=1,
-        image=str(image.path),
+        image=spelled(image.path),
         size_bytes=image.size_bytes,
         written_bytes=sum(region.size_bytes for region in ranges),
         physical_address_bits=sidecar.platform.maxphyaddr,
@@ -139,7 +140,7 @@ def describe_image(image: DumpImage, *, verify: bool = False) -> InfoReport:
             )
             for one in sidecar.vms
         ),
-        nvdimms=tuple(str(path) for _, path in image.module_files()),
+        nvdimms=tuple(spelled(path) for _, path in image.module_files()),
         integrity=sidecar.integrity is not None,
         capture=sidecar.capture,
         verified=True if verify else None,

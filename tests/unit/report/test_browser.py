@@ -229,7 +229,11 @@ def test_tables_scroll_and_unfold_by_keyboard(open_tab: Open) -> None:
     wide = page.locator(".scroll:has(#compared), .scroll:has(#guests-table)").first
     wide.focus()
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("document.activeElement.scrollLeft > 0")
+    # wait_for_function would be an eval in the page, which its policy forbids.
+    wide.evaluate(
+        "box => new Promise(done => box.scrollLeft > 0 ? done()"
+        " : box.addEventListener('scroll', () => done(), {once: true}))"
+    )
     page.locator("summary").first.focus()
     page.keyboard.press("Enter")
     assert page.evaluate("document.querySelector('details').open")
