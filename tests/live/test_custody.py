@@ -306,6 +306,8 @@ def test_the_record_of_the_sockets_is_complete(
     answered = [wire.decode_reply(body) for body in frames(streams[Stream(owner, "out")])]
     replies = [message for message in answered if isinstance(message, wire.Reply)]
     linked = [message.vm for message in answered if isinstance(message, wire.VmLinked)]
+    if isinstance(asked[-1], wire.ReadMsr) and len(asked) > len(replies):
+        asked.pop()  # the harness looks whether the engine answers, and hung up meanwhile
     assert len(asked) == len(replies)
     assert not any(isinstance(reply, wire.Failure) for reply in replies)
     added = [request for request in asked if isinstance(request, wire.AddVm)]

@@ -51,6 +51,10 @@ class Drains:
                 except DramFullError as error:
                     wait_s = FULL_RETRY_S
                     self.note_full(vm, error)
+                except ProcessLookupError:
+                    # QEMU ends: its memory goes before its sockets (kernel/exit.c, do_exit), whose
+                    # end is what ends the link. There is nothing more to follow.
+                    return
                 except Exception as error:
                     self.cut(vm, f"{type(error).__name__}: {error}")
                     return

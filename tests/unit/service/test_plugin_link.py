@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import os
 import signal
 import socket
@@ -493,3 +494,25 @@ def test_drain_gives_way_after_each_batch() -> None:
         return await draining
 
     assert asyncio.run(drain_and_stop()) >= 5
+
+
+def test_qemu_that_ends_is_not_cut_off() -> None:
+    """Its memory goes before its sockets: a scan that comes between finds no process."""
+
+    class Path:
+        def drain(self) -> Iterator[int]:
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+
+    vm = Vm(
+        uuid=uuid.uuid4(),
+        name="vm",
+        memory_bytes=PAGE,
+        datapath=DataPath.SHADOW,
+        track=Track.PAGES,
+        keyid=1,
+        region=Region(0, PAGE),
+        path=cast("ShadowDataPath", Path()),
+    )
+    told: list[wire.Event] = []
+    asyncio.run(Drains(told.append).follow(vm))
+    assert (vm.fault, told) == (None, [])
