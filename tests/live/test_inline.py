@@ -19,8 +19,6 @@ from mktme.vm.config import BOOT_TIMEOUT_S
 from mktme.vm.console import GuestPanicError
 from mktme.vm.platform import Platform
 
-from .conftest import Command
-
 MIB = 1 << 20
 MEMORY = 192 * MIB
 WINDOW = 24 * MIB  # what the guest and its workload touch is several times that
@@ -113,13 +111,3 @@ def test_a_flipped_bit_is_a_machine_check_with_integrity(emulator: Path | None) 
             1 << 5,
             Violation.MISMATCH,
         )
-
-
-def test_command_shows_the_bound(command: Command) -> None:
-    status, out, err = command.run(
-        "run", "--datapath", "inline", "--memory", "192M", "--window", "25%", "--no-reference"
-    )
-    assert status == 0, err
-    assert "its plaintext in RAM never exceeds the window" in out
-    assert "of 48.0 MiB in" in out
-    command.assert_nothing_left()
