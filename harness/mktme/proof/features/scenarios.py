@@ -138,6 +138,8 @@ _SHARED: Final = (
     "<filesystem type='mount' accessmode='mapped'><source dir='{directory}/shared'/>"
     "<target dir='mktme'/></filesystem>"
 )
+# A free one: QEMU plugs nothing into the root bus.
+_SLOT: Final = "<controller type='pci' model='pcie-root-port'/>"
 _CRYPTO: Final = "<crypto model='virtio' type='qemu'><backend model='builtin' queues='1'/></crypto>"
 _IGB: Final = (
     "-netdev",
@@ -172,6 +174,7 @@ SCENARIOS: Final = (
             Row("virtio-blk, a queue for each vCPU", devices.multiqueue),
             Row("virtio-scsi", devices.virtio_scsi),
             Row("virtio-net", devices.virtio_net),
+            Row("virtio-net, a queue for each vCPU", devices.network_multiqueue),
             Row("virtio-rng", devices.virtio_rng),
             Row("virtio-console", devices.virtio_console),
             Row("9p shared directory", devices.shared_directory),
@@ -191,7 +194,7 @@ SCENARIOS: Final = (
             _UNMODIFIED,
             _SHUTDOWN,
         ),
-        devices=(_blk("queues='2' packed='on'"), *_SCSI, _RNG, _HVC, _SHARED, _CRYPTO),
+        devices=(_blk("queues='2' packed='on'"), *_SCSI, _RNG, _HVC, _SHARED, _CRYPTO, _SLOT),
         arguments=(*_IGB, *_EDU),
     ),
     Scenario(
