@@ -77,6 +77,7 @@ def test_a_guest_without_a_window_breaks_the_bound() -> None:
     assert not bound.passed
 
 
+@pytest.mark.usefixtures("quick_boots")
 def test_a_flipped_bit_is_one_random_block_for_the_guest(emulator: Path | None) -> None:
     config = vm_config(memory="192M", datapath="inline", window="16M")
     canary = Canary.random()
@@ -90,6 +91,7 @@ def test_a_flipped_bit_is_one_random_block_for_the_guest(emulator: Path | None) 
         assert [index for index in range(256) if before[index] != after[index]] == [20]
 
 
+@pytest.mark.usefixtures("quick_boots")
 def test_a_flipped_bit_is_a_machine_check_with_integrity(emulator: Path | None) -> None:
     """An unmodified kernel takes it for what it is, and says so on its console."""
     config = vm_config(

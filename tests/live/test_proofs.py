@@ -174,6 +174,7 @@ def test_without_encryption_the_canary_is_in_dram(mktme_vm: Vm) -> None:
     assert not search.passed
 
 
+@pytest.mark.usefixtures("quick_boots")
 def test_three_vms_are_isolated(tmp_path: Path) -> None:
     """The 3 x 3 table; with the same key for all, the same table shows it."""
     config = vm_config(memory="256M")
@@ -205,6 +206,7 @@ def test_three_vms_are_isolated(tmp_path: Path) -> None:
             assert search_dram(one, canary, platform.dram_path).passed
 
 
+@pytest.mark.usefixtures("quick_boots")
 @pytest.mark.parametrize("algorithm", ["aes-xts-128", "aes-xts-256"])
 def test_the_image_is_readable_offline_with_the_key(tmp_path: Path, algorithm: str) -> None:
     """Any AES-XTS library decrypts the image from its sidecar alone; here OpenSSL's own XTS."""

@@ -138,8 +138,10 @@ _SHARED: Final = (
     "<filesystem type='mount' accessmode='mapped'><source dir='{directory}/shared'/>"
     "<target dir='mktme'/></filesystem>"
 )
-# A free one: QEMU plugs nothing into the root bus.
-_SLOT: Final = "<controller type='pci' model='pcie-root-port'/>"
+# QEMU plugs nothing into the root bus. Devices take ports in this order, and some are left.
+_PORTS: Final = tuple(
+    f"<controller type='pci' index='{index}' model='pcie-root-port'/>" for index in range(1, 14)
+)
 _CRYPTO: Final = "<crypto model='virtio' type='qemu'><backend model='builtin' queues='1'/></crypto>"
 _IGB: Final = (
     "-netdev",
@@ -194,7 +196,7 @@ SCENARIOS: Final = (
             _UNMODIFIED,
             _SHUTDOWN,
         ),
-        devices=(_blk("queues='2' packed='on'"), *_SCSI, _RNG, _HVC, _SHARED, _CRYPTO, _SLOT),
+        devices=(_blk("queues='2' packed='on'"), *_SCSI, _RNG, _HVC, _SHARED, _CRYPTO, *_PORTS),
         arguments=(*_IGB, *_EDU),
     ),
     Scenario(
