@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Guest `tiny` with its kernel unpacked: half a boot under TCG is the kernel unpacking itself.
+"""Guest `tiny` with its kernel unpacked: most of a boot under TCG is the kernel unpacking itself.
 
 A kernel package's vmlinuz is a small program with the kernel behind it, compressed. QEMU boots what
 is behind it as well, by its PVH entry point: the same kernel, byte for byte, without that program
