@@ -248,7 +248,10 @@ def _through_each_queue(subject: Subject) -> str:
         f" ip -n mq addr add {tap.GUEST_ADDRESS}/{tap.PREFIX} dev mq0; ip -n mq link set mq0 up"
     )
     virtio = subject.run("basename $(ip netns exec mq readlink /sys/class/net/mq0/device)").strip()
-    queues = int(subject.run("ip netns exec mq ls -d /sys/class/net/mq0/queues/rx-* | wc -l"))
+    # /sys is another one in there, and so is what a pattern means.
+    queues = int(
+        subject.run("ip netns exec mq sh -c 'ls -d /sys/class/net/mq0/queues/rx-*' | wc -l")
+    )
     require(queues == vcpus, f"{queues} queues for {vcpus} vCPUs")
     subject.vm.domain.ssh.put("/run/mktme.py", ECHO.encode(), COMMAND_TIMEOUT_S)
     echo = f"ip netns exec mq python3 /run/mktme.py {tap.HOST_ADDRESS}"
