@@ -4,7 +4,9 @@
 BIN := .venv/bin
 SCRIPTS := tools/setup .ci/run guest-images/build-root tests/live/libvirtd.sh $(addprefix guest-images/tiny/,init canary verify-memory workload)
 C_SOURCES := $(shell find qemu-plugin tests -name '*.[ch]')
-PYTEST := $(BIN)/pytest --numprocesses auto --dist loadgroup
+# libvirt has a QEMU for alive until it is reaped. tini does so at once; the first process of a container
+# may be a second late, for each guest.
+PYTEST := tini -s -- $(BIN)/pytest --numprocesses auto --dist loadgroup --no-loadscope-reorder
 FUZZ_SECONDS ?= 120
 SOAK_SECONDS ?= 600
 PIP_COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes \

@@ -10,7 +10,8 @@ import pytest
 WORKER_BYTES = 6 << 30
 """What the largest live test takes: a guest of 4 GiB, the engine, DRAM in the page cache."""
 
-SHARED_GUESTS = {"mktme_platform", "mktme_vm"}
+SHARED_GUESTS = {"mktme_platform", "mktme_vm", "evidence", "unencrypted"}
+"""Fixtures of guests, or of what was made with them, that the tests of a file share."""
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -21,15 +22,31 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests are for one worker, but for live tests that have guests of their own."""
+    """A file's tests are for one worker, but for live tests that have guests of their own.
+
+    Work is handed out in this order: what takes minutes comes first, and at the end, when one
+    worker waits for the other, there are only tests that take no time.
+    """
+    items.sort(key=_turn)
     for item in items:
         if item.get_closest_marker("xdist_group") is not None:
             continue
-        alone = item.path.parent.name == "live" and not SHARED_GUESTS & set(
-            getattr(item, "fixturenames", ())
-        )
-        if not alone:
+        if not _is_live(item) or _shares_guests(item):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+
+
+def _turn(item: pytest.Item) -> int:
+    if not _is_live(item):
+        return 2
+    return 0 if item.get_closest_marker("xdist_group") or _shares_guests(item) else 1
+
+
+def _is_live(item: pytest.Item) -> bool:
+    return item.path.parent.name == "live"
+
+
+def _shares_guests(item: pytest.Item) -> bool:
+    return bool(SHARED_GUESTS & set(getattr(item, "fixturenames", ())))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

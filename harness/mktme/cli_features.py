@@ -38,9 +38,8 @@ def features(
     datapaths = list(DataPath) if datapath is None else [datapath]
 
     def listen(outcome: Outcome) -> None:
-        state = "[green]works[/]" if outcome.passed else "[red]FAILS[/]"
         err.print(
-            f"{state}  {outcome.datapath.value:7} {escape(outcome.row)}"
+            f"{_state(outcome)}  {outcome.datapath.value:7} {escape(outcome.row)}"
             f" [dim]({outcome.duration_s:.1f} s) {escape(outcome.finding)}[/]",
             highlight=False,
         )
@@ -63,12 +62,20 @@ def _print_report(report: FeatureReport) -> None:
         datapaths = [path for path in DataPath if any(one.datapath is path for one in rows)]
         table = make_table(scenario.summary, "feature", *(path.value for path in datapaths))
         for row in scenario.rows:
-            states = {one.datapath: one.passed for one in rows if one.row == row.name}
-            table.add_row(
-                escape(row.name),
-                *("[green]works[/]" if states[path] else "[red]FAILS[/]" for path in datapaths),
-            )
+            states = {one.datapath: _state(one) for one in rows if one.row == row.name}
+            table.add_row(escape(row.name), *(states[path] for path in datapaths))
         out.print(table)
+    for outcome in report.outcomes:
+        if outcome.skipped:
+            line = f"skipped, {outcome.datapath.value}: {outcome.row}: {outcome.finding}"
+            out.print(line, markup=False, highlight=False)
     works = sum(one.passed for one in report.outcomes)
+    skipped = sum(one.skipped for one in report.outcomes)
     verdict = "[green]passed[/]" if report.passed else "[red]FAILED[/]"
-    out.print(f"{verdict}: {works} of {len(report.outcomes)} work", highlight=False)
+    more = f", {skipped} skipped" if skipped else ""
+    out.print(f"{verdict}: {works} of {len(report.outcomes)} work{more}", highlight=False)
+
+
+def _state(outcome: Outcome) -> str:
+    colour = {"works": "green", "FAILS": "red", "skipped": "yellow"}[outcome.state]
+    return f"[{colour}]{outcome.state}[/]"

@@ -20,6 +20,9 @@ from pathlib import Path
 import pytest
 
 from mktme.vm.host import QEMU11, EnvironmentUnfitError, emulator_path
+from mktme.vm.images import ensure
+
+from .quick_boots import quick_cache
 
 COMMAND_TIMEOUT_S = 240
 IN_CREATE = 0x100  # linux/inotify.h
@@ -131,6 +134,21 @@ def emulator(request: pytest.FixtureRequest) -> Path | None:
         if os.environ.get("CI"):
             raise
         pytest.skip(f"{error}; {error.hint}")
+
+
+@pytest.fixture(scope="session")
+def _quick_cache() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="mktme-quick-") as directory:
+        quick_cache(Path(directory), ensure("tiny"))
+        yield Path(directory)
+
+
+@pytest.fixture(scope="module")
+def quick_boots(_quick_cache: Path) -> Iterator[None]:
+    """Within this module `tiny` boots with its kernel unpacked, the command's guests as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(_quick_cache))
+        yield
 
 
 @pytest.fixture

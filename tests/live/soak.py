@@ -76,7 +76,7 @@ ALL: Final[Sequence[Step]] = (
     Workload(),
     Verify(32, (12,)),  # Bit Flip
 )
-SHORT: Final[Sequence[Step]] = (Workload(), Verify(64, (0, 1, 7, 15)))
+SHORT: Final[Sequence[Step]] = (Workload(), Verify(48, (0, 1, 7, 15)))
 
 
 @dataclass(frozen=True, slots=True)

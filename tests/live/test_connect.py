@@ -22,7 +22,7 @@ from mktme.vm.platform import Platform, Vm
 from .conftest import Command
 from .libvirtd import needs_root, private_libvirtd
 
-pytestmark = needs_root
+pytestmark = [needs_root, pytest.mark.usefixtures("quick_boots")]
 
 
 MIB = 1 << 20

@@ -34,7 +34,10 @@ from .custody_guest import Planted, Started, Worked
 from .socket_record import RecordError, Stream, read_record, recorded
 
 REPOSITORY = Path(__file__).parents[2]
-pytestmark = pytest.mark.xdist_group("custody")  # one scene, that the last of the tests ends
+pytestmark = [
+    pytest.mark.usefixtures("quick_boots"),
+    pytest.mark.xdist_group("custody"),  # one scene, that the last of the tests ends
+]
 
 KEY_BYTES = {"small": 32, "large": 64}
 LINE = 64

@@ -17,6 +17,8 @@ from mktme.vm.platform import Vm
 
 from ..unit.dump.key_schedules import linux_context
 
+pytestmark = pytest.mark.usefixtures("quick_boots")
+
 BANNER = r"Linux version \d+\.\d+\.\d+-\S+ \(debian-kernel"
 
 

@@ -19,6 +19,8 @@ from mktme.proof.guest_ram import memory_of
 from mktme.pytest_plugin import vm_config
 from mktme.vm.platform import Platform, Vm
 
+pytestmark = pytest.mark.usefixtures("quick_boots")
+
 MEMORY = 192 << 20
 CLEAR = "16M@64M=no-encrypt"
 

@@ -25,6 +25,8 @@ from mktme.vm.platform import Platform
 
 from .conftest import Command
 
+pytestmark = pytest.mark.usefixtures("quick_boots")
+
 MIB = 1 << 20
 SMALL = ("run", "--memory", "256M", "--no-reference")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
@@ -81,9 +83,17 @@ def test_command_whose_process_is_killed(command: Command, victim: str) -> None:
     command.assert_nothing_left()
 
 
-@pytest.mark.parametrize("moment", ["starting", "booting", "working", "comparing"])
-def test_interrupt_at_any_moment(command: Command, moment: str) -> None:
-    process = command.start("run", "--memory", "256M", "--guests", "2")
+@pytest.mark.parametrize(
+    ("moment", "more"),
+    [
+        ("starting", ("--guests", "2")),
+        ("booting", ("--guests", "2")),
+        ("working", ("--guests", "2", "--no-reference")),
+        ("comparing", ("--no-reference",)),
+    ],
+)
+def test_interrupt_at_any_moment(command: Command, moment: str, more: tuple[str, ...]) -> None:
+    process = command.start("run", "--memory", "256M", *more)
     command.wait_for_step(process, moment)
     os.killpg(process.pid, signal.SIGINT)
     status, _out, err = command.finish(process)

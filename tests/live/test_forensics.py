@@ -46,12 +46,15 @@ from ..vectors import reference
 from .conftest import Command
 from .crypt import crypt_guest
 
+pytestmark = pytest.mark.usefixtures("quick_boots")
+
 MIB = 1 << 20
 PAGE = 4096
 MEMORY = 256 * MIB
 DISK_BYTES = 4 * MIB
 SECTOR = 512
 COMMAND_S = 60
+FILL = "head -c 80000000 /dev/zero | tr '\\0' a >/tmp/fill"
 DATAPATHS = ("shadow", "inline")
 
 
@@ -101,7 +104,7 @@ def test_capture_of_a_held_guest_is_its_ram(datapath: str, tmp_path: Path) -> No
     """Read behind the engine's back, and decrypted by the engine, the same to the last byte."""
     image, out = tmp_path / "c.img", tmp_path / "out.raw"
     with Platform(MEMORY) as platform, platform.launch(config_for(datapath)) as vm:
-        run_workload(vm.domain.console)
+        vm.domain.console.run(FILL, COMMAND_S)
         with vm.held() as engine:
             record = platform.capture(image)
             assert vm.domain.is_paused
@@ -148,7 +151,7 @@ def test_capture_while_the_guest_works_is_of_one_moment(
             taken.set()
 
         monkeypatch.setattr(platform.engine, "vms_held", noting)
-        run_workload(vm.domain.console)
+        vm.domain.console.run(f"{FILL}; rm /tmp/fill", COMMAND_S)
         works = pool.submit(run_workload, vm.domain.console)
         with vm.held() as engine:
             assert not works.done()

@@ -19,8 +19,6 @@ from mktme.vm.config import BOOT_TIMEOUT_S
 from mktme.vm.console import GuestPanicError
 from mktme.vm.platform import Platform
 
-from .conftest import Command
-
 MIB = 1 << 20
 MEMORY = 192 * MIB
 WINDOW = 24 * MIB  # what the guest and its workload touch is several times that
@@ -79,6 +77,7 @@ def test_a_guest_without_a_window_breaks_the_bound() -> None:
     assert not bound.passed
 
 
+@pytest.mark.usefixtures("quick_boots")
 def test_a_flipped_bit_is_one_random_block_for_the_guest(emulator: Path | None) -> None:
     config = vm_config(memory="192M", datapath="inline", window="16M")
     canary = Canary.random()
@@ -92,6 +91,7 @@ def test_a_flipped_bit_is_one_random_block_for_the_guest(emulator: Path | None) 
         assert [index for index in range(256) if before[index] != after[index]] == [20]
 
 
+@pytest.mark.usefixtures("quick_boots")
 def test_a_flipped_bit_is_a_machine_check_with_integrity(emulator: Path | None) -> None:
     """An unmodified kernel takes it for what it is, and says so on its console."""
     config = vm_config(
@@ -113,13 +113,3 @@ def test_a_flipped_bit_is_a_machine_check_with_integrity(emulator: Path | None) 
             1 << 5,
             Violation.MISMATCH,
         )
-
-
-def test_command_shows_the_bound(command: Command) -> None:
-    status, out, err = command.run(
-        "run", "--datapath", "inline", "--memory", "192M", "--window", "25%", "--no-reference"
-    )
-    assert status == 0, err
-    assert "its plaintext in RAM never exceeds the window" in out
-    assert "of 48.0 MiB in" in out
-    command.assert_nothing_left()

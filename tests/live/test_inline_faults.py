@@ -39,6 +39,8 @@ from mktme.vm.platform import Platform, Vm
 
 from .conftest import Command
 
+pytestmark = pytest.mark.usefixtures("quick_boots")
+
 MIB = 1 << 20
 MEMORY = 192 * MIB
 WINDOW = 16 * MIB

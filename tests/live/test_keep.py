@@ -19,6 +19,8 @@ from mktme.proof.platform_report import KeyIdReport, PlatformReport
 
 from .conftest import Command
 
+pytestmark = pytest.mark.usefixtures("quick_boots")
+
 MIB = 1 << 20
 DRAM = 256 * MIB
 SHARED, CLEAR = 16 * MIB, 16 * MIB

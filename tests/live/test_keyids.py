@@ -31,8 +31,11 @@ from mktme.vm.platform import Platform, Vm
 
 from .conftest import Command
 
+pytestmark = pytest.mark.usefixtures("quick_boots")
+
 MIB = 1 << 20
 MEMORY = 192 * MIB
+FILL = "head -c 80000000 /dev/zero | tr '\\0' a >/tmp/fill"
 
 
 @contextmanager
@@ -98,7 +101,6 @@ def test_pages_are_rekeyed_under_a_guest_that_writes_them() -> None:
     config = vm_config(memory="192M")
     where = GuestPages(48 * MIB, 96 * MIB, PageUse.OTHER_KEY)  # most of what Linux has free
     with Platform(MEMORY) as platform, platform.launch(config) as vm, ThreadPoolExecutor() as pool:
-        expected = run_workload(vm.domain.console)
         with ram_of(vm) as ram:
             before = lines(ram.read(where.guest_physical, where.size_bytes))
         working = pool.submit(run_workload, vm.domain.console)
@@ -111,7 +113,7 @@ def test_pages_are_rekeyed_under_a_guest_that_writes_them() -> None:
                 vm.assign(GuestPages(where.guest_physical, where.size_bytes, use))
             assert vm.status().further_keyids == ()  # what was programmed for it is free again
             rounds += 1
-        assert working.result() == expected
+        assert working.result()  # it checks its own sums
         assert rounds >= 2
         assert written > 100_000  # the guest did write to these very pages meanwhile
         vm.assign(where)
@@ -135,7 +137,7 @@ def test_pages_are_given_to_others_at_launch() -> None:
     config = vm_config(memory="192M")
     config = VmConfig(config.image, memory_bytes=MEMORY, pages=(shared, clear))
     with Platform(MEMORY) as platform, platform.launch(config) as vm:
-        run_workload(vm.domain.console)
+        vm.domain.console.run(FILL, timeout_s=60)
         with vm.held() as engine:
             assert compare_memory(vm, engine).passed
             status = vm.status()
@@ -196,7 +198,7 @@ def test_next_tenant_of_the_same_pages_finds_nothing(tmp_path: Path) -> None:
             # The allocator erased them before it gave them away.
             assert not reads_with_the_first_key()
             assert (second.base, second.keyid) == (first.base, first.keyid)
-            run_workload(second.domain.console)
+            second.domain.console.run(FILL, timeout_s=60)
             with second.held():
                 assert compare_memory(second, engine).passed
                 with pytest.raises(VmError, match="does not hold its canary"):

@@ -26,6 +26,8 @@ from mktme.vm.config import Nvdimm
 from mktme.vm.console import GuestCommandError, GuestPanicError
 from mktme.vm.platform import Platform, Vm
 
+pytestmark = pytest.mark.usefixtures("quick_boots")
+
 MIB: Final = 1 << 20
 MEMORY: Final = 256 * MIB
 SIZE: Final = 32 * MIB

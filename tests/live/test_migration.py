@@ -47,7 +47,7 @@ WINDOW: Final = 48 * MIB
 PAGE: Final = 4096
 TIMEOUT_S: Final = 120
 
-pytestmark = needs_root
+pytestmark = [needs_root, pytest.mark.usefixtures("quick_boots")]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("quick_boots")
+
 THEIRS = """
 import os, signal
 import pytest

@@ -71,27 +71,26 @@ def test_demo_leaves_a_page(command: Command, tmp_path: Path) -> None:
     command.assert_nothing_left()
 
 
-def test_inline_run_tells_of_its_window(command: Command, tmp_path: Path) -> None:
-    json_file = tmp_path / "run.json"
-    words = ("run", "--datapath", "inline", "--memory", "192M", "--window", "16M")
-    code, _out, err = command.run(*words, "--no-reference", "--json", str(json_file))
+def test_inline_run_tells_of_its_window_and_its_image_is_shown(
+    command: Command, tmp_path: Path
+) -> None:
+    dram, json_file, html = tmp_path / "dram.img", tmp_path / "run.json", tmp_path / "report.html"
+    words = ("run", "--datapath", "inline", "--memory", "192M", "--window", "25%")
+    more = ("--no-reference", "--dram", str(dram), "--json", str(json_file))
+    code, out, err = command.run(*words, *more)
     assert code == 0, err
+    assert "its plaintext in RAM never exceeds the window" in out
+    assert "of 48.0 MiB in" in out
     (guest,) = read_report(json_file).guests
     check_timeline(guest)
     assert guest.timeline is not None
-    assert 12 << 20 < max(guest.timeline.resident_bytes) <= 16 << 20
+    assert 36 << 20 < max(guest.timeline.resident_bytes) <= 48 << 20
     assert guest.timeline.faults[-1] > 1000
     assert guest.entropy is not None
     assert guest.entropy.ciphertext_mean > 7.9 > 6 > guest.entropy.plaintext_mean
     command.assert_nothing_left()
 
-
-def test_image_that_was_kept_is_shown(command: Command, tmp_path: Path) -> None:
-    dram, json_file, html = tmp_path / "dram.img", tmp_path / "run.json", tmp_path / "report.html"
-    words = ("run", "--memory", "192M", "--no-reference", "--dram", str(dram))
-    code, _out, err = command.run(*words, "--json", str(json_file))
-    assert code == 0, err
-    code, _out, err = command.run("report", str(json_file), str(dram), "-o", str(html))
+    code, out, err = command.run("report", str(json_file), str(dram), "-o", str(html))
     assert code == 0, err
     parsed = Parsed.of(html.read_text())
     (document,) = json.loads(parsed.one("pre", id="json-dumps").text)

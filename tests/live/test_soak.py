@@ -19,6 +19,8 @@ from mktme.vm.platform import Platform, Vm
 
 from . import soak
 
+pytestmark = pytest.mark.usefixtures("quick_boots")
+
 MIB = 1 << 20
 CHUNK_BYTES = 4 * MIB
 SOLID_BITS = 8

@@ -20,7 +20,10 @@ from mktme.proof.tamper import AttackReport, TamperReport
 
 from .conftest import COMMAND_TIMEOUT_S, Command
 
-pytestmark = pytest.mark.xdist_group("tamper")  # a worker each would be a run each
+pytestmark = [
+    pytest.mark.usefixtures("quick_boots"),
+    pytest.mark.xdist_group("tamper"),  # a worker each would be a run each
+]
 
 # Nine guests boot, two at a time.
 takes_long = pytest.mark.timeout(2 * COMMAND_TIMEOUT_S + 60)

@@ -10,8 +10,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from mktme.vm.images import RECIPES_DIR, GuestImage, ensure
+from mktme.vm.images import RECIPES_DIR, GuestImage, cache_dir, ensure
 
+_CACHE = cache_dir()  # the user's, whatever a test makes of it: there it stays
 _MODULES = '"virtio_pci", "virtio_balloon", "virtio_blk",'
 
 
@@ -30,4 +31,4 @@ def crypt_guest(directory: Path) -> GuestImage:
     source = Path(__file__).with_name("dmcrypt.c")
     command = ["gcc", "-static", "-s", "-O1", "-Wall", "-Wextra", "-Werror"]
     subprocess.run([*command, "-o", "dmcrypt", source.absolute()], cwd=recipe, check=True)
-    return ensure("crypt", recipes=recipe.parent)
+    return ensure("crypt", recipes=recipe.parent, cache=_CACHE)

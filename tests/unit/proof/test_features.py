@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from mktme.datapath.kinds import DataPath
 from mktme.engine.errors import MktmeError
-from mktme.proof.features.scenarios import SCENARIOS
-from mktme.proof.features.subject import echo_server, until
+from mktme.proof.features.scenarios import SCENARIOS, Row, Scenario
+from mktme.proof.features.subject import SkippedError, Subject, echo_server, until
 from mktme.proof.features.table import (
     FeatureReport,
     Outcome,
@@ -19,7 +24,9 @@ from mktme.proof.features.table import (
     run_features,
     write_readme,
 )
+from mktme.proof.features.tap import HOST_ADDRESS, multi_queue_tap
 from mktme.vm.host import UsageError
+from mktme.vm.platform import Platform, Vm
 
 README = Path(__file__).parents[3] / "README.md"
 MARKED = "# x\n<!-- features: made by `make features` -->\nold\n<!-- end of features -->\ny\n"
@@ -53,6 +60,51 @@ def test_each_row_is_in_the_table_once_a_data_path() -> None:
 def test_row_that_fails_shows() -> None:
     table = markdown(report(fails="kexec"))
     assert table.count("| kexec | **FAILS** | **FAILS** |") == 1
+
+
+def test_row_that_was_skipped_shows_and_fails_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def check(_subject: Subject) -> str:
+        raise SkippedError("for root alone")
+
+    @contextlib.contextmanager
+    def booted(_scenario: Scenario, _datapath: DataPath) -> Iterator[Subject]:
+        yield Subject(cast("Platform", None), cast("Vm", None), tmp_path)
+
+    first = SCENARIOS[0]
+    rows = (Row("some", lambda _subject: "found"), Row("of root", check))
+    only = dataclasses.replace(first, rows=rows)
+    monkeypatch.setattr(Scenario, "booted", booted)
+    monkeypatch.setattr("mktme.proof.features.table.SCENARIOS", (only,))
+    found = run_features([DataPath.SHADOW, DataPath.INLINE])
+    assert found.passed
+    assert [one.state for one in found.outcomes] == ["works", "skipped"] * 2
+    assert "| of root | skipped | skipped | for root alone |" in markdown(found)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a network device is for root to make")
+def test_tap_takes_several_queues_and_is_gone_at_the_end() -> None:
+    with multi_queue_tap() as device:
+        # A device has several queues, or this is refused.
+        flags = (Path("/sys/class/net") / device / "tun_flags").read_text()
+        assert int(flags, 16) & 0x100
+        with (
+            echo_server(HOST_ADDRESS) as port,
+            socket.create_connection((HOST_ADDRESS, port)) as connection,
+        ):
+            connection.sendall(b"hello")
+            assert connection.recv(5) == b"hello"
+    assert not (Path("/sys/class/net") / device).exists()
+
+
+def test_tap_that_may_not_be_made_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_arguments: object) -> bytes:
+        raise PermissionError
+
+    monkeypatch.setattr("fcntl.ioctl", refused)
+    with pytest.raises(SkippedError, match="for root"), multi_queue_tap():
+        pass
 
 
 def test_readme_gets_the_table_between_its_marks(tmp_path: Path) -> None:

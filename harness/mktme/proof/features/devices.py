@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+import libvirt
+
 from mktme.engine.xts import PAGE_BYTES
+from mktme.proof.features import tap
 from mktme.proof.features.programs import CRYPTO, ECHO, EDU
 from mktme.proof.features.subject import (
     COMMAND_TIMEOUT_S,
+    FeatureError,
     Subject,
     connect,
     echo_server,
@@ -22,6 +28,9 @@ from mktme.proof.features.subject import (
 DISK_BYTES: Final = 64 << 20
 _DATA_MIB: Final = 8
 _BALLOON_TIMEOUT_S: Final = 120.0
+_NETWORK_MIB: Final = 2
+_PLUG_TIMEOUT_S: Final = 60.0
+_CARD: Final = "52:54:00:78:78:78"
 
 # Virtio 1.2, 6: reserved feature bits.
 _ACCESS_PLATFORM: Final = 33
@@ -203,6 +212,64 @@ def multiqueue(subject: Subject) -> str:
     ]
     require(not idle, f"queues without an interrupt: {idle}")
     return f"{queues} queues, interrupts of each"
+
+
+def network_multiqueue(subject: Subject) -> str:
+    """A network card with a queue for each vCPU, plugged in: data through each of them and back."""
+    with tap.multi_queue_tap() as device, _plugged_in(subject, device):
+        return _through_each_queue(subject)
+
+
+@contextlib.contextmanager
+def _plugged_in(subject: Subject, device: str) -> Iterator[None]:
+    """A virtio-net card on a tap device, with QEMU's own back end: vhost is another thing."""
+    xml = (
+        f"<interface type='ethernet'><mac address='{_CARD}'/><model type='virtio'/>"
+        f"<target dev='{device}' managed='no'/>"
+        f"<driver name='qemu' queues='{subject.vm.config.vcpus}'/></interface>"
+    )
+    domain = subject.vm.domain.handle
+    try:
+        domain.attachDeviceFlags(xml, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+        try:
+            yield
+        finally:
+            domain.detachDeviceFlags(xml, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    except libvirt.libvirtError as error:
+        raise FeatureError(f"libvirt: {error}") from error
+
+
+def _through_each_queue(subject: Subject) -> str:
+    vcpus = subject.vm.config.vcpus
+    find = f"grep -l {_CARD} /sys/class/net/*/address | cut -d/ -f5"
+    require(until(lambda: bool(subject.run(find).strip()), _PLUG_TIMEOUT_S), "no card came")
+    subject.run(
+        f"udevadm settle; card=$({find}); ip netns add mq; ip link set $card netns mq name mq0;"
+        f" ip -n mq addr add {tap.GUEST_ADDRESS}/{tap.PREFIX} dev mq0; ip -n mq link set mq0 up"
+    )
+    virtio = subject.run("basename $(ip netns exec mq readlink /sys/class/net/mq0/device)").strip()
+    # /sys is another one in there, and so is what a pattern means.
+    queues = int(
+        subject.run("ip netns exec mq sh -c 'ls -d /sys/class/net/mq0/queues/rx-*' | wc -l")
+    )
+    require(queues == vcpus, f"{queues} queues for {vcpus} vCPUs")
+    subject.vm.domain.ssh.put("/run/mktme.py", ECHO.encode(), COMMAND_TIMEOUT_S)
+    echo = f"ip netns exec mq python3 /run/mktme.py {tap.HOST_ADDRESS}"
+    with echo_server(tap.HOST_ADDRESS) as port:
+        # What a vCPU sends goes out by its own queue, and comes back by the same (tun.c, automq).
+        for vcpu in range(vcpus):
+            answer = subject.run(f"taskset -c {vcpu} {echo} {port} {_NETWORK_MIB}").strip()
+            require(answer == "same", f"data of vCPU {vcpu} came back {answer}")
+    interrupts = subject.run(f"grep -E '{virtio}-(in|out)put' /proc/interrupts").splitlines()
+    subject.run("ip netns del mq")
+    for queue in range(queues):
+        told = [
+            sum(map(int, line.split()[1 : 1 + vcpus]))
+            for line in interrupts
+            if line.endswith(f"{virtio}-input.{queue}")
+        ]
+        require(len(told) == 1 and told[0] > 0, f"no interrupt of queue {queue}: {interrupts}")
+    return f"{queues} queues, interrupts of each; {_NETWORK_MIB} MiB from each vCPU and back"
 
 
 def _irq_name(subject: Subject, block: str) -> str:

@@ -138,6 +138,10 @@ _SHARED: Final = (
     "<filesystem type='mount' accessmode='mapped'><source dir='{directory}/shared'/>"
     "<target dir='mktme'/></filesystem>"
 )
+# QEMU plugs nothing into the root bus. Devices take ports in this order, and some are left.
+_PORTS: Final = tuple(
+    f"<controller type='pci' index='{index}' model='pcie-root-port'/>" for index in range(1, 14)
+)
 _CRYPTO: Final = "<crypto model='virtio' type='qemu'><backend model='builtin' queues='1'/></crypto>"
 _IGB: Final = (
     "-netdev",
@@ -172,6 +176,7 @@ SCENARIOS: Final = (
             Row("virtio-blk, a queue for each vCPU", devices.multiqueue),
             Row("virtio-scsi", devices.virtio_scsi),
             Row("virtio-net", devices.virtio_net),
+            Row("virtio-net, a queue for each vCPU", devices.network_multiqueue),
             Row("virtio-rng", devices.virtio_rng),
             Row("virtio-console", devices.virtio_console),
             Row("9p shared directory", devices.shared_directory),
@@ -191,7 +196,7 @@ SCENARIOS: Final = (
             _UNMODIFIED,
             _SHUTDOWN,
         ),
-        devices=(_blk("queues='2' packed='on'"), *_SCSI, _RNG, _HVC, _SHARED, _CRYPTO),
+        devices=(_blk("queues='2' packed='on'"), *_SCSI, _RNG, _HVC, _SHARED, _CRYPTO, *_PORTS),
         arguments=(*_IGB, *_EDU),
     ),
     Scenario(

@@ -29,6 +29,10 @@ class FeatureError(MktmeError):
     """Something does not work as it does on any machine."""
 
 
+class SkippedError(MktmeError):
+    """A row cannot be checked by whoever runs this, or on this host: nothing is known of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Subject:
     """A guest of a scenario.
@@ -110,9 +114,9 @@ class _Echo(socketserver.BaseRequestHandler):
 
 
 @contextlib.contextmanager
-def echo_server() -> Iterator[int]:
-    """A TCP server on the host's loopback interface that says what it hears; its port."""
-    with socketserver.ThreadingTCPServer((LOOPBACK, 0), _Echo) as server:
+def echo_server(address: str = LOOPBACK) -> Iterator[int]:
+    """A TCP server at an address of the host's that says what it hears; its port."""
+    with socketserver.ThreadingTCPServer((address, 0), _Echo) as server:
         server.daemon_threads = True
         thread = threading.Thread(target=server.serve_forever, name="mktme-echo", daemon=True)
         thread.start()

@@ -13,7 +13,7 @@ from typing import Final, Literal, Protocol
 from mktme.datapath.kinds import DataPath
 from mktme.engine.errors import MktmeError
 from mktme.proof.features.scenarios import SCENARIOS, Row, Scenario
-from mktme.proof.features.subject import Subject
+from mktme.proof.features.subject import SkippedError, Subject
 from mktme.vm.host import UsageError
 
 _BEGIN: Final = "<!-- features: made by `make features` -->"
@@ -29,8 +29,9 @@ class Outcome:
         row: the row's name.
         datapath: on which.
         passed: whether it works.
-        finding: what was found, or what went wrong.
+        finding: what was found, what went wrong, or why it was not looked at.
         duration_s: how long it took; of a guest's first row, its boot included.
+        skipped: whether it was not looked at. Then it has not passed, and fails nothing.
     """
 
     scenario: str
@@ -39,6 +40,14 @@ class Outcome:
     passed: bool
     finding: str
     duration_s: float
+    skipped: bool = False
+
+    @property
+    def state(self) -> Literal["works", "FAILS", "skipped"]:
+        """In a word, as tables have it."""
+        if self.skipped:
+            return "skipped"
+        return "works" if self.passed else "FAILS"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +57,7 @@ class FeatureReport:
     Attributes:
         schema: always "mktme.features".
         version: of the schema.
-        passed: whether all of it works.
+        passed: whether all of it works that was looked at.
         outcomes: in the order of the scenarios and their rows.
     """
 
@@ -91,7 +100,7 @@ def run_features(
             for outcome in _outcomes(scenario, datapath):
                 outcomes.append(outcome)
                 listen(outcome)
-    passed = all(one.passed for one in outcomes)
+    passed = all(one.passed or one.skipped for one in outcomes)
     return FeatureReport("mktme.features", 1, passed, tuple(outcomes))
 
 
@@ -99,11 +108,11 @@ def _outcomes(scenario: Scenario, datapath: DataPath) -> Iterator[Outcome]:
     started = time.monotonic()
     done = 0
 
-    def outcome(row: Row, passed: bool, finding: str) -> Outcome:
+    def outcome(row: Row, passed: bool, finding: str, skipped: bool = False) -> Outcome:
         nonlocal started, done
         took, started = time.monotonic() - started, time.monotonic()
         done += 1
-        return Outcome(scenario.name, row.name, datapath, passed, finding, round(took, 1))
+        return Outcome(scenario.name, row.name, datapath, passed, finding, round(took, 1), skipped)
 
     try:
         with scenario.booted(datapath) as subject:
@@ -114,15 +123,18 @@ def _outcomes(scenario: Scenario, datapath: DataPath) -> Iterator[Outcome]:
             yield outcome(row, False, f"the guest was lost: {error}")
 
 
-def _check(row: Row, subject: Subject) -> tuple[bool, str]:
+def _check(row: Row, subject: Subject) -> tuple[bool, str, bool]:
+    """Whether it works, what was found, and whether it was not looked at."""
     try:
-        return True, row.check(subject)
+        return True, row.check(subject), False
+    except SkippedError as error:
+        return False, str(error), True
     except MktmeError as error:
-        return False, str(error)
+        return False, str(error), False
 
 
 def markdown(report: FeatureReport) -> str:
-    """The table for README: a row that fails shows as failing."""
+    """The table for README: a row that fails shows as failing, one that was skipped as that."""
     lines = []
     for scenario in SCENARIOS:
         rows = [one for one in report.outcomes if one.scenario == scenario.name]
@@ -133,7 +145,8 @@ def markdown(report: FeatureReport) -> str:
         lines += [f"| {header} |", "|" + " --- |" * (2 + len(datapaths))]
         for row in scenario.rows:
             of_row = {one.datapath: one for one in rows if one.row == row.name}
-            marks = ("works" if of_row[path].passed else "**FAILS**" for path in datapaths)
+            states = (of_row[path].state for path in datapaths)
+            marks = ("**FAILS**" if state == "FAILS" else state for state in states)
             told = next((one for one in of_row.values() if not one.passed), of_row[datapaths[0]])
             finding = told.finding.replace("|", "\\|").replace("\n", " ")
             lines.append(f"| {' | '.join((row.name, *marks, finding))} |")
