@@ -7,8 +7,8 @@
     python tests/bench/dump_decrypt.py --sparse [--directory /var/tmp]
 
 The first decrypts an image that is written all over to each format and prints GB/s of time that
-passed, of processor time, and the engine's in memory; medians. A thread of its own reads and writes,
-so it takes an idle machine of two cores. The second decrypts 64 GiB of which 2 GiB were
+passed, of processor time, and the engine's in memory; medians. A thread of its own reads and
+writes, so it takes an idle machine of two cores. The second decrypts 64 GiB of which 2 GiB were
 written, and prints the most memory that took.
 """
 
