@@ -43,6 +43,8 @@ PAGE_DEVIATIONS: Final = 8.0
 """A page is structured if its entropy is that many deviations below a random page's mean. For a
 whole page that is 7.922; chance alone does it to one page in about 10^11 (chi-square's tail, which
 entropy's follows), so to one image of 64 GiB, 2^24 pages, in some thousands."""
+COMPILED_FROM_BYTES: Final = 1 << 30
+"""Less is counted by NumPy before Numba has compiled anything, docs/adr/0016-numba.md."""
 
 _BATCH_PAGES: Final = 256  # enough for NumPy's calls to cost little, and little enough for a cache
 _COPIED_PAGES: Final = 16
@@ -57,7 +59,7 @@ PagesArray = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Which blocks, lines and pages are looked at for what cannot be done with all of them.
+    """Which blocks, lines and pages are looked at for what cannot be done with all; and with what.
 
     What a block's or line's first 8 bytes are decides whether it is counted, so that it is so
     wherever it comes again; and all of one page in 2^n is, for the few that are everywhere.
@@ -65,10 +67,12 @@ class Sampling:
     Attributes:
         shift: n: one in 2^n is counted for repetitions; 0: all are.
         page_shift: one page in 2^n is compressed.
+        compiled: whether `mktme.dump.byte_counts` counts bytes: the same, faster once it is there.
     """
 
     shift: int
     page_shift: int
+    compiled: bool = False
 
     @classmethod
     def for_data(cls, size_bytes: int) -> Self:
@@ -80,6 +84,7 @@ class Sampling:
         return cls(
             shift(size_bytes // BLOCK_BYTES, _SKETCH_VALUES),
             min(_COMPRESSED_MAX_SHIFT, shift(size_bytes // PAGE_BYTES, _COMPRESSED_PAGES)),
+            size_bytes >= COMPILED_FROM_BYTES,
         )
 
 
@@ -164,7 +169,7 @@ def tally_pages(pages: PagesArray, numbers: npt.NDArray[np.int64], sampling: Sam
     block_hashes, line_hashes = [], []
     for first in range(0, len(pages), _BATCH_PAGES):
         part = slice(first, first + _BATCH_PAGES)
-        entropies[part], counts = page_entropy(pages[part], lines[part])
+        entropies[part], counts = page_entropy(pages[part], lines[part], compiled=sampling.compiled)
         histogram += counts.sum(axis=0)
         words = pages[part].view(np.uint64)
         blocks, line_values = _sample(words, written[part], places[part], sampling.shift)
@@ -194,6 +199,10 @@ def tally_pages(pages: PagesArray, numbers: npt.NDArray[np.int64], sampling: Sam
 def written_lines(pages: PagesArray) -> npt.NDArray[np.bool_]:
     """Which lines were written: bool, shape (n, 64), of uint8 pages of shape (n, 4096)."""
     words = pages.view(np.uint64)
+    # A line of ciphertext begins with eight zeros once in 2^64 times.
+    begun = np.not_equal(words[:, :: LINE_BYTES // 8], 0)
+    if begun.all():
+        return begun
     blocks = words[:, 0::2] | words[:, 1::2]
     halves = blocks[:, 0::2] | blocks[:, 1::2]
     lines = halves[:, 0::2] | halves[:, 1::2]
@@ -201,17 +210,32 @@ def written_lines(pages: PagesArray) -> npt.NDArray[np.bool_]:
 
 
 def page_entropy(
-    pages: PagesArray, lines: npt.NDArray[np.int64]
+    pages: PagesArray, lines: npt.NDArray[np.int64], *, compiled: bool = False
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     """Entropy of the written lines of each page.
 
     Args:
-        pages: uint8, shape (n, 4096).
+        pages: uint8, shape (n, 4096), C-contiguous.
         lines: int64, shape (n,): how many lines of each were written, 1 to 64.
+        compiled: as `Sampling`.
 
     Returns:
         bits per byte, float64, shape (n,); and byte counts, int64, shape (n, 256).
     """
+    if compiled:
+        from mktme.dump.byte_counts import count_bytes
+    else:
+        count_bytes = _count_bytes
+    counts = count_bytes(pages)
+    counts[:, 0] -= (PAGE_LINES - lines) * LINE_BYTES
+    size = lines * LINE_BYTES
+    # Whole numbers, so that the sum is the same in whatever order a CPU takes it.
+    total = _count_logs().take(counts).sum(axis=1)
+    return np.log2(size) - total / (size * float(_COUNT_POINT)), counts
+
+
+def _count_bytes(pages: PagesArray) -> npt.NDArray[np.int64]:
+    """As `mktme.dump.byte_counts.count_bytes`."""
     # A call for each page, on an int64 copy: that is what bincount counts in, and the counts stay
     # in L1. One call for many pages, with an offset each, takes half as long again.
     copies = np.empty((_COPIED_PAGES, PAGE_BYTES), np.int64)
@@ -221,12 +245,7 @@ def page_entropy(
         part = pages[first : first + _COPIED_PAGES]
         copies[: len(part)] = part
         each += [np.bincount(row, None, SYMBOLS) for row in rows[: len(part)]]
-    counts = np.concatenate(each).reshape(len(pages), SYMBOLS)
-    counts[:, 0] -= (PAGE_LINES - lines) * LINE_BYTES
-    size = lines * LINE_BYTES
-    # Whole numbers, so that the sum is the same in whatever order a CPU takes it.
-    total = _count_logs().take(counts).sum(axis=1)
-    return np.log2(size) - total / (size * float(_COUNT_POINT)), counts
+    return np.concatenate(each).reshape(len(pages), SYMBOLS)
 
 
 def by_entropy(entropies: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:

@@ -173,7 +173,8 @@ def _tasks(regions: Iterable[Region], task_bytes: int) -> Iterator[tuple[Region,
         base = region.base
         while base < region.end:
             size = min(room, region.end - base)
-            portion.append(Region(base, size))
+            # One object for a fragment, however many lists have it: an image can have millions.
+            portion.append(region if size == region.size_bytes else Region(base, size))
             base += size
             room -= size
             if room == 0 or len(portion) == _TASK_REGIONS:
@@ -189,36 +190,36 @@ def read_pages(
     """Read regions by some pages at a time, small ones together.
 
     Yields:
-        pages, uint8, shape (n, 4096), the last one filled up with zeros if the image ends in it;
-        and their numbers, int64, shape (n,).
+        pages, uint8, shape (n, 4096), the last one filled up with zeros if the image ends in it,
+        in memory that the next ones are read into; and their numbers, int64, shape (n,).
 
     Raises:
         DumpError: the image cannot be read, or was cut short.
     """
+    buffer = np.empty(CHUNK_BYTES, np.uint8)
     for portion in _tasks(regions, CHUNK_BYTES):
         numbers = [
             np.arange(one.base // PAGE_BYTES, -(-one.end // PAGE_BYTES), dtype=np.int64)
             for one in portion
         ]
-        count = sum(len(one) for one in numbers)
-        if len(portion) == 1 and portion[0].size_bytes == count * PAGE_BYTES:
-            pages = image.read(portion[0].base, portion[0].size_bytes)
-        else:
-            pages = np.zeros(count * PAGE_BYTES, np.uint8)
-            at = 0
-            for region, run in zip(portion, numbers, strict=True):
-                pages[at : at + region.size_bytes] = image.read(region.base, region.size_bytes)
-                at += len(run) * PAGE_BYTES
-        yield pages.reshape(count, PAGE_BYTES), np.concatenate(numbers)
+        at = 0
+        for region in portion:
+            image.read_into(region.base, buffer[at : at + region.size_bytes])
+            at += region.size_bytes
+            rest = -at % PAGE_BYTES
+            buffer[at : at + rest] = 0
+            at += rest
+        yield buffer[:at].reshape(-1, PAGE_BYTES), np.concatenate(numbers)
 
 
 def whole_pages(image: DumpImage, regions: Iterable[Region]) -> list[Region]:
     """Regions that read_pages can take, of several lists: merged, and cut at the image's end."""
     merged: list[Region] = []
     for region in sorted(regions):
-        end = min(region.end, image.size_bytes)
-        if merged and merged[-1].end >= region.base:
+        base, end = region.base, min(region.end, image.size_bytes)
+        if merged and merged[-1].end >= base:
             last = merged.pop()
-            region, end = last, max(last.end, end)
-        merged.append(Region(region.base, end - region.base))
+            base, end = last.base, max(last.end, end)
+        part = Region(base, end - base)
+        merged.append(region if part == region else part)
     return merged

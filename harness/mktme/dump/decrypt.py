@@ -28,6 +28,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
@@ -51,7 +52,7 @@ from mktme.engine.sidecar import GuestSegment, VmRecord
 from mktme.engine.text import spelled
 from mktme.engine.xts import LINE_BYTES, LINES_PER_PAGE, PAGE_BYTES
 
-PIECE_BYTES: Final = 1 << 19
+PIECE_BYTES: Final = 1 << 20
 """What is read, decrypted and written at a time."""
 SAMPLE_PAGES: Final = 4096
 """Most pages of a KeyID that are looked at to tell whether its key fits: 16 MiB."""
@@ -61,7 +62,7 @@ each of its kernels, unless it means harm."""
 
 _PHYSICAL_BYTES: Final = 1 << 52  # no more can be addressed (SDM vol. 3A, 4.1.4: MAXPHYADDR)
 _PLAINTEXT: Final = -1
-_PIECES_BEHIND: Final = 4
+_PIECES_AT_ONCE: Final = 3
 # Random lines match their MACs once in 2^28.
 _FIT_SHARE: Final = 1 / 256
 
@@ -118,8 +119,17 @@ class _Piece(NamedTuple):
 
 
 class _Read(NamedTuple):
+    """A piece that was read.
+
+    Attributes:
+        data: its bytes.
+        buffer: what `data` is the beginning of, `PIECE_BYTES`.
+        entries: what the MAC area has for it; None: there is none.
+    """
+
     piece: _Piece
     data: NDArray[np.uint8]
+    buffer: NDArray[np.uint8]
     entries: NDArray[np.uint32] | None
 
 
@@ -234,13 +244,14 @@ class VmMemory:
 
     def fetch(self, piece: _Piece, buffer: NDArray[np.uint8] | None = None) -> _Read:
         """Read a piece, into a buffer if there is one for it."""
-        data = np.empty(PIECE_BYTES, np.uint8) if buffer is None else buffer
-        data = data[: piece.size_bytes]
+        if buffer is None:
+            buffer = np.empty(PIECE_BYTES, np.uint8)
+        data = buffer[: piece.size_bytes]
         self._image.read_into(piece.base, data)
         entries = None
         if self._macs is not None:
             entries = self._macs.read(piece.base, piece.size_bytes)
-        return _Read(piece, data, entries)
+        return _Read(piece, data, buffer, entries)
 
     def decrypt(self, read: _Read) -> NDArray[np.uint8]:
         """Decrypt a piece, in place, and count its bad lines."""
@@ -481,36 +492,37 @@ def _stream(
 ) -> Generator[tuple[_Read, int], None, None]:
     """Read, decrypt, write; gives each piece, decrypted, and how many of its pages hold anything.
 
-    A thread writes behind: the kernel takes about as long for new pages of a file as AES does for
-    their contents, and both leave Python's global lock to the other. To read takes a tenth of that
-    from the page cache, which is filled ahead by the kernel, and leaves the piece in this core's
-    own cache.
+    A thread writes what is decrypted, and reads what comes next in its place: to both, the kernel
+    takes about as long as AES to decrypt it, most of that for new pages of a file. Kernel and AES
+    leave Python's global lock to the other. Memory is used again, for the kernel takes longer to
+    give a process new memory than to fill it.
     """
-    with ThreadPoolExecutor(1) as writer:
-        writes: deque[Future[None]] = deque()
-        # Used again, for the kernel takes longer to give a process new memory than to fill it.
-        buffers = deque(np.empty(PIECE_BYTES, np.uint8) for _ in range(_PIECES_BEHIND + 1))
+    pieces = memory.pieces(offsets)
+    with ThreadPoolExecutor(1) as other:
+        turns: deque[Future[_Read | None]] = deque()
         try:
-            for piece in memory.pieces(offsets):
-                read = memory.fetch(piece, buffers[0])
+            for piece in islice(pieces, _PIECES_AT_ONCE):
+                turns.append(other.submit(memory.fetch, piece))
+            while turns:
+                read = turns.popleft().result()
+                if read is None:
+                    continue
                 data = memory.decrypt(read)
                 written = np.flatnonzero(_as_pages(data).any(axis=1))
                 yield read, len(written)
-                writes.append(writer.submit(_write, new, piece.offset, data, written))
-                buffers.rotate(-1)
-                if len(writes) == _PIECES_BEHIND:
-                    writes.popleft().result()
-            for write in writes:
-                write.result()
+                turns.append(other.submit(_turn, memory, new, read, written, next(pieces, None)))
         finally:
-            writer.shutdown(cancel_futures=True)
+            other.shutdown(cancel_futures=True)
 
 
-def _write(new: NewFile, offset: int, data: NDArray[np.uint8], written: NDArray[np.int64]) -> None:
-    """Write a piece's pages that hold anything; the others are holes."""
+def _turn(
+    memory: VmMemory, new: NewFile, read: _Read, written: NDArray[np.int64], piece: _Piece | None
+) -> _Read | None:
+    """Write a piece's pages that hold anything, the others are holes; and read the next piece."""
     for start, stop in runs_of_consecutive(written):
         low, high = int(written[start]) * PAGE_BYTES, (int(written[stop - 1]) + 1) * PAGE_BYTES
-        new.write(offset + low, data[low:high].data)
+        new.write(read.piece.offset + low, read.data[low:high].data)
+    return None if piece is None else memory.fetch(piece, read.buffer)
 
 
 def _as_pages(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
