@@ -31,6 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
+import libvirt
+
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
 from mktme.datapath.uffd import require_fault_handling, require_write_tracking
@@ -47,6 +49,7 @@ from mktme.service.client import (
     captured,
 )
 from mktme.service.server import CONTROL_SOCKET
+from mktme.vm.arrival import Arrival, ArrivingDomain, MigrationError, Side, place_of, uuid_of
 from mktme.vm.config import VmConfig, check_config, with_window
 from mktme.vm.console import VmError
 from mktme.vm.disk_images import DiskImage, make_seed, overlay
@@ -227,6 +230,11 @@ class Platform:
         self._stack.close()
 
     @property
+    def connection(self) -> libvirt.virConnect:
+        """Its libvirt."""
+        return self.host.connection
+
+    @property
     def engine_pid(self) -> int:
         """The engine's process."""
         return self._process.process.pid
@@ -278,7 +286,7 @@ class Platform:
         boot: bool,
         make: Callable[..., Domain] = Domain,
     ) -> Iterator[Vm]:
-        """As `launch`, of a guest that has a UUID and a way to come here (`mktme.vm.migration`).
+        """As `launch`, of a guest that has a UUID and a way to come here (`receive`).
 
         Args:
             one: its UUID.
@@ -358,6 +366,54 @@ class Platform:
             if boot:
                 domain.boot(config.boot_deadline_s)
             yield Vm(one, config, domain, engine, **vm_fields)
+
+    def side(self) -> Side:
+        """What it is to a migration; see `mktme.vm.arrival.Destination`."""
+        if self.host.embedded:
+            raise MigrationError(
+                "libvirt's embedded driver migrates no guests",
+                hint="give both platforms a libvirtd of their own: Platform(connect=URI)",
+            )
+        welcome = self.engine.welcome
+        return Side(
+            uri=self.host.uri,
+            host=uuid_of(self.connection),
+            qemu_version=self.host.qemu_version,
+            mktme_version=welcome.mktme_version,
+            link_version=welcome.link_version,
+        )
+
+    @contextlib.contextmanager
+    def receive(
+        self, one: uuid.UUID, config: VmConfig, name: str, move: Callable[[Arrival], None]
+    ) -> Iterator[Vm]:
+        """Take a guest from another host; see `mktme.vm.arrival.Destination`."""
+
+        def come(domain: ArrivingDomain) -> None:
+            socket = domain.spec.console_socket.with_suffix(".migration")
+            trouble = functools.partial(self._trouble, domain)
+            why = functools.partial(self._why_not_come, domain)
+            try:
+                move(Arrival(place_of(domain.spec), socket, trouble, why))
+            finally:
+                socket.unlink(missing_ok=True)
+
+        make = functools.partial(ArrivingDomain, come=come)
+        with self.carry(one, config, name, boot=False, make=make) as vm:
+            yield vm
+
+    def _trouble(self, domain: ArrivingDomain) -> str | None:
+        """What keeps a guest from coming, if anything does."""
+        if not self.connection.isAlive():
+            return f"libvirt at {self.host.uri} is gone"
+        return domain.unmet
+
+    def _why_not_come(self, domain: ArrivingDomain, otherwise: str) -> str:
+        try:
+            self.engine.ping()
+        except EngineGoneError:  # and its plugin has ended the QEMU there
+            return "the engine at the destination is gone"
+        return domain.reason(otherwise)
 
     @contextlib.contextmanager
     def _boot_disk(self, one: uuid.UUID, image: DiskImage, config: VmConfig) -> Iterator[DiskBoot]:
