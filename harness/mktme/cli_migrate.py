@@ -125,10 +125,11 @@ def _print_report(report: MoveReport) -> None:
 
 def _move_table(report: MoveReport) -> Table:
     took = report.migration
-    figures = ("total", "transfer", "downtime", "sent", "passes", "work")
+    figures = ("total", "transfer", "downtime", "sent", "passes")
+    host = RemoteUri.parse(report.destination.uri).host
     title = (
         f"Moved {report.memory_bytes >> 20} MiB, {report.datapath.value},"
-        f" {report.algorithm.value}, to {escape(report.destination.uri)}"
+        f" {report.algorithm.value}, to {escape(host)}"
     )
     table = make_table(title, *figures, right=figures)
     table.add_row(
@@ -137,6 +138,5 @@ def _move_table(report: MoveReport) -> Table:
         f"{took.downtime_s * 1000:.0f} ms",
         f"{took.sent_bytes >> 20} MiB",
         str(took.iterations),
-        f"{report.work.rounds} rounds",
     )
     return table

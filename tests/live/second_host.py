@@ -53,6 +53,15 @@ class SecondHost:
         path.chmod(0o755)
         return name
 
+    def files(self) -> list[str]:
+        """What is in its `tmpdir`."""
+        return os.listdir(f"/proc/{self.libvirtd.process.pid}/root{self.tmpdir}")
+
+    def wait_ended(self, what: str) -> None:
+        """Wait until no process on it has something in its command line."""
+        for pid in self.processes(what):
+            wait_ended(pid)
+
     def processes(self, what: str) -> list[int]:
         """Processes on it that have something in their command line."""
         namespace = os.readlink(f"/proc/{self.libvirtd.process.pid}/ns/mnt")
@@ -74,6 +83,16 @@ def command_line(pid: int) -> str:
     return ""
 
 
+def wait_ended(pid: int) -> None:
+    """Wait for the end of a process (pidfd_open(2))."""
+    with suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(pid)
+        try:
+            assert select.select([descriptor], [], [], 40)[0], f"left: {command_line(pid)}"
+        finally:
+            os.close(descriptor)
+
+
 @contextmanager
 def second_host(directory: Path) -> Iterator[SecondHost]:
     """Run a host whose files are in `directory`, which is there; at the end nothing is left."""
@@ -88,7 +107,7 @@ def second_host(directory: Path) -> Iterator[SecondHost]:
     (ssh / "known_hosts").write_text(f"second {host_key}")
     path = f"{ssh}/bin:{UNPACKED.parents[1]}/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     harness = REPOSITORY / "harness"
-    settings = f"PATH={path} TMPDIR={tmpdir} XDG_CACHE_HOME={tmpdir} PYTHONPATH={harness}"
+    settings = f"PATH={path} TMPDIR={tmpdir} XDG_CACHE_HOME={ssh}/home PYTHONPATH={harness}"
     (ssh / "sshd_config").write_text(
         f"ListenAddress {address}\nHostKey {ssh}/host_key\nPidFile {ssh}/sshd.pid\n"
         f"AuthorizedKeysFile {ssh}/authorized_keys\nPasswordAuthentication no\nStrictModes no\n"
@@ -96,8 +115,8 @@ def second_host(directory: Path) -> Iterator[SecondHost]:
     )
     # As a user has it in ~/.ssh/config.
     (ssh / "config").write_text(
-        f"Host second\n  HostName {address}\n  HostKeyAlias second\n  User root\n  IdentityFile {ssh}/id\n"
-        f"  IdentitiesOnly yes\n  UserKnownHostsFile {ssh}/known_hosts\n"
+        f"Host second\n  HostName {address}\n  HostKeyAlias second\n  User root\n"
+        f"  IdentityFile {ssh}/id\n  IdentitiesOnly yes\n  UserKnownHostsFile {ssh}/known_hosts\n"
         "  StrictHostKeyChecking yes\n"
     )
     (ssh / "ssh").write_text(f'#!/bin/sh\nexec ssh -F {ssh}/config "$@"\n')
@@ -105,20 +124,18 @@ def second_host(directory: Path) -> Iterator[SecondHost]:
     script = ("sh", str(HERE / "second_host.sh"), str(ssh), str(SSHD), str(tmpdir), network)
     with private_libvirtd(directory / "libvirtd", ("--net", *script)) as libvirtd:
         uri = f"qemu+ssh://second/system?command={ssh}/ssh"
-        one = SecondHost(uri, libvirtd, ssh, tmpdir)
-        one.install("mktme", f'exec {shlex.quote(sys.executable)} -m mktme.cli "$@"')
+        second = SecondHost(uri, libvirtd, ssh, tmpdir)
+        second.install("mktme", f'exec {shlex.quote(sys.executable)} -m mktme.cli "$@"')
         namespace = os.readlink(f"/proc/{libvirtd.process.pid}/ns/mnt")
         sshd = int((ssh / "sshd.pid").read_text())
         try:
-            yield one
+            yield second
+            assert second.files() == []
         finally:
             with suppress(ProcessLookupError):
                 os.kill(sshd, signal.SIGTERM)
     for pid in in_namespace(namespace):
-        with suppress(ProcessLookupError):
-            descriptor = os.pidfd_open(pid)
-            assert select.select([descriptor], [], [], 20)[0], f"left: {command_line(pid)}"
-            os.close(descriptor)
+        wait_ended(pid)
     for made in (ssh / "bin", ssh / "home", ssh, tmpdir):
         for file in made.iterdir():
             file.unlink()

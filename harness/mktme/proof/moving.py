@@ -21,12 +21,12 @@ from mktme.datapath.shadow import Track
 from mktme.engine.keys import KeyMode
 from mktme.engine.xts import Algorithm
 from mktme.proof.confidentiality import BLOCK_BYTES, Canary
-from mktme.proof.demand import mib, run_demand
+from mktme.proof.demand import run_demand
 from mktme.proof.held import HeldProof, prove_held
 from mktme.proof.report import Check, Environment, environment
 from mktme.proof.runs import Narrator, throw_away_key
 from mktme.proof.transparency import WORKLOAD_TIMEOUT_S
-from mktme.remote import RemotePlatform
+from mktme.remote import RemotePlatform, check_can_move
 from mktme.vm.arrival import Side
 from mktme.vm.config import VmConfig
 from mktme.vm.migration import Migration, MigrationReport
@@ -126,7 +126,7 @@ def migrate(
         arguments: the command line, for the report.
 
     Raises:
-        MigrationError: the guest did not move.
+        MigrationError: the guest did not move, or cannot.
     """
     started, begun = datetime.datetime.now(datetime.UTC), time.monotonic()
     notices: list[str] = []
@@ -135,6 +135,7 @@ def migrate(
         notices.append(line)
         narrator.notice(line)
 
+    check_can_move(config)
     demand = run_demand(config.all_bytes, config.algorithm, config.pages, 1)
     remote = RemotePlatform(destination, demand.dram_bytes, command=command, notice=note)
     canary = Canary.random()
@@ -229,7 +230,7 @@ def _checks(
         )
         for place, proof in zip(places, proofs, strict=True)
     ]
-    computed = f"{work.parts} of {work.parts} results right, in {work.rounds} rounds"
+    computed = f"{work.parts} results right, rounds: {work.rounds}"
     checks.append(
         Check(
             "transparency",
@@ -248,7 +249,7 @@ def _checks(
             False,
             proof.search.passed,
             f"{proof.search.dram_hits:,} blocks of the canary in"
-            f" {mib(proof.search.dram_bytes_searched)}",
+            f" {proof.search.dram_bytes_searched / (1 << 20):,.0f} MiB",
         )
         for place, proof in zip(places, proofs, strict=True)
     ]

@@ -13,6 +13,6 @@ starts. It has a platform of its own, meets the guest, and answers for it as lon
 lasts; with that the guest ends. See docs/adr/0012.
 """
 
-from mktme.remote.platform import RemotePlatform, RemoteVm
+from mktme.remote.platform import RemotePlatform, RemoteVm, check_can_move
 
-__all__ = ["RemotePlatform", "RemoteVm"]
+__all__ = ["RemotePlatform", "RemoteVm", "check_can_move"]

@@ -147,9 +147,10 @@ class RemotePlatform:
         self, one: UUID, config: VmConfig, name: str, move: Callable[[Arrival], None]
     ) -> Iterator[RemoteVm]:
         """Take a guest from this host; see `mktme.vm.arrival.Destination`."""
+        expected = _expected(one, config, name)
         link = self._link
         link.trouble = None
-        place = link.ask(_expected(one, config, name), wire.Expecting).place
+        place = link.ask(expected, wire.Expecting).place
         over = False
 
         def why(text: str) -> str:
@@ -199,28 +200,34 @@ class RemotePlatform:
             self._connection.close()
 
 
-def _expected(one: UUID, config: VmConfig, name: str) -> wire.Expect:
-    """What another host has to know of a guest.
+def check_can_move(config: VmConfig) -> GuestImage:
+    """Check that a guest has nothing that another host has not; returns its image.
 
     Raises:
-        MigrationError: it has what that host has not.
+        MigrationError: it does, and does not move there.
     """
     image = config.image
     for what, has in (
-        ("a disk", config.disk is not None or not isinstance(image, GuestImage)),
         ("an NVDIMM", config.nvdimm is not None),
         ("DIMMs", bool(config.dimms)),
+        ("a disk", config.disk is not None),
+        ("a known key", config.mode is KeyMode.DIRECT),
     ):
         if has:
             raise MigrationError(f"a guest with {what} does not move to another host")
-    assert isinstance(image, GuestImage)
     if config.plain:
         raise MigrationError("a guest without an engine does not move to another host")
-    if config.mode is KeyMode.DIRECT:
+    if not isinstance(image, GuestImage):
         raise MigrationError(
-            "a key in a file does not leave its host",
-            hint="let the destination make its own: key mode random",
+            "a guest that boots its disk does not move to another host",
+            hint="migrate guests whose kernel QEMU loads, such as tiny",
         )
+    return image
+
+
+def _expected(one: UUID, config: VmConfig, name: str) -> wire.Expect:
+    """What another host has to know of a guest."""
+    image = check_can_move(config)
     return wire.Expect(
         vm=one,
         name=name,
