@@ -2,7 +2,7 @@
 # Each target first sets up what is missing, from a clean clone on: see tools/setup.
 
 BIN := .venv/bin
-SCRIPTS := tools/setup .ci/run guest-images/build-root tests/live/libvirtd.sh $(addprefix guest-images/tiny/,init canary verify-memory workload)
+SCRIPTS := tools/setup .ci/run guest-images/build-root tests/live/libvirtd.sh tests/live/second_host.sh $(addprefix guest-images/tiny/,init canary verify-memory workload)
 C_SOURCES := $(shell find qemu-plugin tests -name '*.[ch]')
 PYTEST := $(BIN)/pytest --numprocesses auto --dist loadgroup
 FUZZ_SECONDS ?= 120

@@ -127,13 +127,14 @@ def second_host(directory: Path) -> Iterator[SecondHost]:
         second = SecondHost(uri, libvirtd, ssh, tmpdir)
         second.install("mktme", f'exec {shlex.quote(sys.executable)} -m mktme.cli "$@"')
         namespace = os.readlink(f"/proc/{libvirtd.process.pid}/ns/mnt")
-        sshd = int((ssh / "sshd.pid").read_text())
         try:
             yield second
             assert second.files() == []
         finally:
-            with suppress(ProcessLookupError):
-                os.kill(sshd, signal.SIGTERM)
+            # Its sessions as well: one that was cut off knows of no end.
+            for pid in second.processes("sshd: "):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
     for pid in in_namespace(namespace):
         wait_ended(pid)
     for made in (ssh / "bin", ssh / "home", ssh, tmpdir):

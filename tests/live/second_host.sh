@@ -17,7 +17,9 @@ ip address add "$network::2/64" dev other nodad
 ip link set other up
 ip link set lo up
 nsenter --target "$PPID" --net ip address add "$network::1/64" dev mktme-test nodad
-nsenter --target "$PPID" --net ip link set mktme-test up
+nsenter --target "$PPID" --net sh -ec '
+	ip link set mktme-test up
+	echo 1 >/proc/sys/net/ipv6/conf/mktme-test/keep_addr_on_down'
 
 mount -t tmpfs tmpfs /run
 mkdir /run/sshd

@@ -35,7 +35,7 @@ from mktme.vm.platform import Platform, Vm
 
 from .conftest import Command
 from .libvirtd import Libvirtd, needs_root
-from .second_host import INTERFACE, REPOSITORY, SecondHost, command_line, second_host, wait_ended
+from .second_host import INTERFACE, REPOSITORY, SecondHost, command_line, second_host
 from .test_migration import (
     CHECK_MEMORY,
     MEMORY,
@@ -281,8 +281,7 @@ def test_network_that_goes_away(hosts: Hosts) -> None:
                 ):
                     pass
             assert_still_here(vm)
-            for pid in hosts.second.processes(QEMU):
-                wait_ended(pid)
+            hosts.assert_nothing_there()
         finally:
             subprocess.run(["ip", "link", "set", INTERFACE, "up"], check=True)
 

@@ -26,6 +26,7 @@ from mktme.vm.reaper import interrupts_later
 
 CALL_TIMEOUT_S: Final = 90.0
 _END_TIMEOUT_S: Final = 30.0
+_LAST_WORDS_S: Final = 2.0
 _SAID_LINES: Final = 20
 _SSH_FAILED: Final = 255  # ssh(1), EXIT STATUS
 _NO_COMMAND: Final = (126, 127)  # POSIX shell: cannot be run, not found
@@ -212,7 +213,6 @@ class Link:
 
     def _read(self, stream: IO[bytes]) -> None:
         greeted = False
-        problem: str | None = None
         while line := stream.readline(wire.REPLY_MAX_BYTES):
             if not greeted:
                 greeting = wire.decode_greeting(line)
@@ -225,8 +225,7 @@ class Link:
             try:
                 reply = wire.decode_reply(line)
             except wire.WireError:
-                problem = f"what {self._remote.host} says is not to be understood"
-                self._process.terminate()
+                self._end(f"what {self._remote.host} says is not to be understood")
                 break
             match reply:
                 case wire.Note(line=text):
@@ -236,8 +235,8 @@ class Link:
                 case _:
                     self._replies.put(reply)
         self._process.wait()
-        self._threads[0].join()  # all that was said
-        self._why_gone = self._why_gone or problem or self._last_words()
+        self._threads[0].join(_LAST_WORDS_S)
+        self._why_gone = self._why_gone or self._last_words()
         self._greeted.put(None)
         self._replies.put(None)
 

@@ -67,7 +67,8 @@ class RemoteUri:
             parameters = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
         except ValueError as error:
             raise UsageError(f"{uri}: {error}", hint=_HINT) from error
-        if parts.scheme != _SCHEME or not parts.hostname or parts.path not in _PATHS:
+        host = _host_in(parts.netloc)
+        if parts.scheme != _SCHEME or host[:1] in ("", "-") or parts.path not in _PATHS:
             raise UsageError(f"{uri} is no libvirt of QEMU's on another host", hint=_HINT)
         # What is between the hosts is not for the one there to know.
         kept = {name: value for name, value in parameters.items() if name in _FOR_THE_OTHER}
@@ -76,7 +77,7 @@ class RemoteUri:
         return cls(
             uri=uri,
             there=f"{scheme}://{parts.path}{query}",
-            host=parts.hostname,
+            host=host,
             user=None if parts.username is None else unquote(parts.username),
             port=port,
             keyfile=parameters.get("keyfile"),
@@ -106,6 +107,14 @@ class RemoteUri:
             if value is not None:
                 command += [flag, str(value)]
         return [*command, "--", self.host, shlex.join(arguments)]
+
+
+def _host_in(netloc: str) -> str:
+    """The host's name as it is written: ssh's configuration tells case apart."""
+    place = netloc.rpartition("@")[2]
+    if place.startswith("["):
+        return place[1:].partition("]")[0]
+    return place.partition(":")[0]
 
 
 _PATHS: Final = ("/system", "/session")
