@@ -26,8 +26,6 @@ HERE: Final = Path(__file__).parent
 REPOSITORY: Final = HERE.parents[1]
 # Where tools/setup puts it: it is for these tests alone.
 SSHD: Final = REPOSITORY / "build" / "sshd"
-INTERFACE: Final = "mktme-test"
-"""This host's end of what connects the two."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +37,14 @@ class SecondHost:
         libvirtd: its libvirtd; the URI in there is this host's back door, for tests to look.
         directory: its sshd's files, and this host's ssh's.
         tmpdir: a directory that is another on each of the two.
+        interface: this host's end of what connects the two.
     """
 
     uri: str
     libvirtd: Libvirtd
     directory: Path
     tmpdir: Path
+    interface: str
 
     def install(self, name: str, script: str) -> str:
         """Put a program into its PATH; returns the name."""
@@ -121,10 +121,11 @@ def second_host(directory: Path) -> Iterator[SecondHost]:
     )
     (ssh / "ssh").write_text(f'#!/bin/sh\nexec ssh -F {ssh}/config "$@"\n')
     (ssh / "ssh").chmod(0o755)
-    script = ("sh", str(HERE / "second_host.sh"), str(ssh), str(SSHD), str(tmpdir), network)
-    with private_libvirtd(directory / "libvirtd", ("--net", *script)) as libvirtd:
+    interface = f"mktme-{secrets.token_hex(4)}"
+    script = (str(HERE / "second_host.sh"), str(ssh), str(SSHD), str(tmpdir), network, interface)
+    with private_libvirtd(directory / "libvirtd", ("--net", "sh", *script)) as libvirtd:
         uri = f"qemu+ssh://second/system?command={ssh}/ssh"
-        second = SecondHost(uri, libvirtd, ssh, tmpdir)
+        second = SecondHost(uri, libvirtd, ssh, tmpdir, interface)
         second.install("mktme", f'exec {shlex.quote(sys.executable)} -m mktme.cli "$@"')
         namespace = os.readlink(f"/proc/{libvirtd.process.pid}/ns/mnt")
         try:

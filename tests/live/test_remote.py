@@ -35,7 +35,7 @@ from mktme.vm.platform import Platform, Vm
 
 from .conftest import Command
 from .libvirtd import Libvirtd, needs_root
-from .second_host import INTERFACE, REPOSITORY, SecondHost, command_line, second_host
+from .second_host import REPOSITORY, SecondHost, command_line, second_host
 from .test_migration import (
     CHECK_MEMORY,
     MEMORY,
@@ -51,7 +51,7 @@ from .test_migration import (
 RECEIVER: Final = "mktme.cli receive"
 QEMU: Final = "qemu-system-x86_64"
 
-# One network interface, so one worker.
+# One second host, which takes a second or two.
 pytestmark = [needs_root, pytest.mark.xdist_group("second-host")]
 
 
@@ -198,8 +198,9 @@ def cut_ssh(_one: Underway) -> None:
     os.kill(ssh, signal.SIGKILL)
 
 
-def unplug(_one: Underway) -> None:
-    subprocess.run(["ip", "link", "set", INTERFACE, "down"], check=True)
+def unplug(one: Underway) -> None:
+    interface = one.hosts.second.interface
+    subprocess.run(["ip", "link", "set", interface, "down"], check=True)
 
 
 FAILURES: Final[dict[str, tuple[Callable[[Underway], None], str]]] = {
@@ -283,7 +284,7 @@ def test_network_that_goes_away(hosts: Hosts) -> None:
             assert_still_here(vm)
             hosts.assert_nothing_there()
         finally:
-            subprocess.run(["ip", "link", "set", INTERFACE, "up"], check=True)
+            subprocess.run(["ip", "link", "set", hosts.second.interface, "up"], check=True)
 
 
 @pytest.mark.nightly

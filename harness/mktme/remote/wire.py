@@ -31,6 +31,7 @@ PROTOCOL_VERSION: Final = 1
 LINE_MAX_BYTES: Final = 512 << 20
 """Of what a source says: a kernel and an initramfs are a part of it."""
 REPLY_MAX_BYTES: Final = 16 << 20
+TIMEOUT_MAX_S: Final = 86400.0
 BEAT_S: Final = 5.0
 """A source says something at least so often."""
 SILENT_S: Final = 30.0
@@ -133,7 +134,7 @@ class Run(Message, frozen=True):
     """Run commands in the guest: `Ran`; see `mktme.vm.shell.Shell`."""
 
     command: str
-    timeout_s: Annotated[float, msgspec.Meta(gt=0)]
+    timeout_s: Annotated[float, msgspec.Meta(gt=0, le=TIMEOUT_MAX_S)]
     check: bool
 
 
