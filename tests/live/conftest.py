@@ -115,7 +115,6 @@ def wait_until(
     try:
         assert libc.inotify_add_watch(descriptor, os.fsencode(directory), IN_CREATE) >= 0
         while not condition():
-            assert process.poll() is None, "the process ended"
             assert poll.poll(max(0.0, deadline - time.monotonic()) * 1000), "nothing came in time"
             assert process.poll() is None, "the process ended"
             os.read(descriptor, 4096)

@@ -138,6 +138,8 @@ def second_host(directory: Path) -> Iterator[SecondHost]:
                     os.kill(pid, signal.SIGTERM)
     for pid in in_namespace(namespace):
         wait_ended(pid)
+    # Else it is there until the last connection that was cut off is given up by the kernel.
+    subprocess.run(["ip", "link", "delete", interface], stderr=subprocess.DEVNULL, check=False)
     for made in (ssh / "bin", ssh / "home", ssh, tmpdir):
         for file in made.iterdir():
             file.unlink()
