@@ -20,7 +20,7 @@ from mktme.proof.held import HeldProof
 from mktme.remote import wire
 from mktme.remote.link import HostLostError, Link
 from mktme.remote.uri import RemoteUri
-from mktme.vm.arrival import Arrival, MigrationError, Side, uuid_of
+from mktme.vm.arrival import Arrival, Belongings, MigrationError, Side, uuid_of
 from mktme.vm.config import VmConfig
 from mktme.vm.console import CommandResult
 from mktme.vm.host import run_event_loop
@@ -144,10 +144,16 @@ class RemotePlatform:
 
     @contextlib.contextmanager
     def receive(
-        self, one: UUID, config: VmConfig, name: str, move: Callable[[Arrival], None]
+        self,
+        one: UUID,
+        config: VmConfig,
+        name: str,
+        belongings: Belongings | None,
+        move: Callable[[Arrival], None],
     ) -> Iterator[RemoteVm]:
         """Take a guest from this host; see `mktme.vm.arrival.Destination`."""
         expected = _expected(one, config, name)
+        assert belongings is None  # no guest that has any gets here
         link = self._link
         link.trouble = None
         place = link.ask(expected, wire.Expecting).place

@@ -106,7 +106,7 @@ class Receiver:
                 directory = tempfile.TemporaryDirectory(prefix="image-", dir=platform.run_dir)
                 image = _kept(request.image, Path(stack.enter_context(directory)))
                 guest = platform.receive(
-                    request.vm, _config(request, image), request.name, self._meet
+                    request.vm, _config(request, image), request.name, None, self._meet
                 )
                 vm = stack.enter_context(guest)
                 self._send(wire.Arrived(keyid=vm.keyid, base=vm.base))

@@ -8,6 +8,7 @@ guest, before anything moves (`mktme.vm.migration`).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
@@ -18,11 +19,12 @@ from typing import Any, Final, Protocol, TypeVar
 from uuid import UUID
 
 import libvirt
+import paramiko
 
 from mktme.vm.config import VmConfig
 from mktme.vm.console import VmError
 from mktme.vm.domain import Domain
-from mktme.vm.domain_xml import DomainSpec
+from mktme.vm.domain_xml import DiskBoot, DomainSpec, netdev
 from mktme.vm.host import dotted
 from mktme.vm.images import GuestImage
 
@@ -59,21 +61,42 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What of a guest's XML is another where it comes to.
+    """What of a guest's XML is another where it comes to; None for what it has not.
 
     Attributes:
         console_socket: path of the socket on which QEMU has its console.
         emulator: path of QEMU.
-        plugin: the `-plugin` argument; None: it runs without.
+        plugin: the `-plugin` argument.
         kernel: path of what QEMU loads.
         initrd: as `kernel`.
+        disk: path of its layer over the disk that it boots.
+        seed: as `disk`, of its first boot's configuration.
+        nvram: as `disk`, of UEFI's variables.
+        netdev: the `-netdev` argument of the network that ssh goes through.
     """
 
     console_socket: str
     emulator: str
-    plugin: str | None
-    kernel: str
-    initrd: str
+    plugin: str | None = None
+    kernel: str | None = None
+    initrd: str | None = None
+    disk: str | None = None
+    seed: str | None = None
+    nvram: str | None = None
+    netdev: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Belongings:
+    """What goes along with a guest that boots its disk.
+
+    Attributes:
+        boot: its layer, and how to log in to it.
+        host_key: its sshd's.
+    """
+
+    boot: DiskBoot
+    host_key: paramiko.PKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +133,12 @@ class Destination(Protocol[V_co]):
         ...
 
     def receive(
-        self, one: UUID, config: VmConfig, name: str, move: Callable[[Arrival], None]
+        self,
+        one: UUID,
+        config: VmConfig,
+        name: str,
+        belongings: Belongings | None,
+        move: Callable[[Arrival], None],
     ) -> AbstractContextManager[V_co]:
         """Take a guest; within the `with` it is there, and it is taken down at the end.
 
@@ -118,6 +146,7 @@ class Destination(Protocol[V_co]):
             one: its UUID.
             config: what it is to be.
             name: what to call it.
+            belongings: what goes along with it, if it boots its disk.
             move: called when all is ready for it; returns when it has come. What it raises ends
                 all that was made ready.
         """
@@ -183,15 +212,54 @@ class ArrivingDomain(Domain):
 
 
 def place_of(spec: DomainSpec) -> Place:
-    """Where a guest would be that is started as `spec`."""
-    image = spec.image if isinstance(spec.image, GuestImage) else None
+    """Where a guest is that was started as `spec`."""
+    loaded = spec.image if isinstance(spec.image, GuestImage) else None
+    boot = spec.boot
     return Place(
         console_socket=str(spec.console_socket),
         emulator=str(spec.emulator),
         plugin=spec.plugin,
-        kernel="" if image is None else str(image.kernel),
-        initrd="" if image is None else str(image.initrd),
+        kernel=None if loaded is None else str(loaded.kernel),
+        initrd=None if loaded is None else str(loaded.initrd),
+        disk=None if boot is None else str(boot.disk),
+        seed=None if boot is None else str(boot.seed),
+        nvram=None if boot is None else str(boot.nvram),
+        netdev=None if boot is None else netdev(boot.access.port),
     )
+
+
+def belongings_of(domain: Domain) -> Belongings | None:
+    """What goes along with a guest that has booted; None: nothing does."""
+    boot, host_key = domain.spec.boot, domain.host_key
+    return None if boot is None or host_key is None else Belongings(boot, host_key)
+
+
+def taken_over(boot: DiskBoot, directory: Path, port: int) -> DiskBoot:
+    """What a guest boots its disk with, by names of a platform's own.
+
+    The files are the same: both QEMUs have them open while it moves, and of the two platforms the
+    one that has the guest last removes them.
+
+    Args:
+        boot: where it was.
+        directory: for the names, on the same file system.
+        port: of the loopback interface, for ssh.
+
+    Raises:
+        MigrationError: it is another file system.
+    """
+    names = [directory / one.name for one in (boot.disk, boot.seed, boot.nvram)]
+    try:
+        for there, here in zip((boot.disk, boot.seed, boot.nvram), names, strict=True):
+            if there.exists():  # only UEFI has variables
+                here.hardlink_to(there)
+    except OSError as error:
+        raise MigrationError(
+            f"the guest's disk cannot be had in {directory}: {error.strerror}",
+            hint="both platforms need their temporary directories on one file system",
+        ) from error
+    disk, seed, nvram = names
+    return DiskBoot(disk, seed, nvram, dataclasses.replace(boot.access, port=port))
 
 
 def check_sides(source: Side, destination: Side) -> None:

@@ -26,7 +26,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Final, Generic, Self, TypeVar
 
 import libvirt
@@ -38,14 +37,14 @@ from mktme.vm.arrival import (
     Destination,
     MigrationError,
     Place,
+    belongings_of,
     check_sides,
+    place_of,
     watch_over,
 )
 from mktme.vm.bypass import refuse_bypasses
 from mktme.vm.config import VmConfig
 from mktme.vm.console import VmLostError
-from mktme.vm.disk_images import DiskImage
-from mktme.vm.domain_xml import QEMU_NAMESPACE
 from mktme.vm.platform import Platform, Vm
 
 TIMEOUT_S: Final = 300.0
@@ -53,7 +52,7 @@ _LIVENESS_S: Final = 0.2
 # Of a guest's config: what the guest has no part in.
 _CAN_CHANGE: Final = (
     *("datapath", "track", "window_bytes", "policy"),
-    *("algorithm", "mode", "key_file", "pages", "check_tlb"),
+    *("algorithm", "mode", "key_file", "pages", "check_tlb", "ssh_port"),
 )
 V = TypeVar("V")
 
@@ -144,7 +143,10 @@ class Migration(Generic[V]):
         with ExitStack() as stack:
             with self._stays_unless_moved(), self._source.leaving(vm):
                 self._check()
-                arriving = self._destination.receive(vm.uuid, self._config, vm.name, self._move)
+                belongings = belongings_of(vm.domain)
+                arriving = self._destination.receive(
+                    vm.uuid, self._config, vm.name, belongings, self._move
+                )
                 self.vm = stack.enter_context(arriving)
             self._stack = stack.pop_all()
         assert self._stats is not None
@@ -160,11 +162,6 @@ class Migration(Generic[V]):
         if destination is self._source:
             raise MigrationError("source and destination are the same platform")
         before: Any = self._leaving.config
-        if isinstance(before.image, DiskImage):
-            raise MigrationError(
-                "a guest that boots its disk has its own layer over it here, which does not move",
-                hint="migrate guests whose kernel QEMU loads, such as tiny",
-            )
         free: Any = {field: getattr(before, field) for field in _CAN_CHANGE}
         if dataclasses.replace(self._config, **free) != before:
             raise MigrationError("a guest that moves keeps its image, memory, vCPUs and disk")
@@ -195,7 +192,9 @@ class Migration(Generic[V]):
         leaving = self._leaving.domain
         there = self._destination.connection
         xml = destination_xml(
-            leaving.handle.XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE), arrival.place
+            leaving.handle.XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE),
+            place_of(leaving.spec),
+            arrival.place,
         )
         if not self._config.plain:
             refuse_bypasses(xml, inline=self._config.datapath is DataPath.INLINE)
@@ -205,7 +204,7 @@ class Migration(Generic[V]):
         }
         # A guest that writes faster than its memory can be sent is slowed down until it does not.
         flags = libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_AUTO_CONVERGE
-        if leaving.spec.disk is not None:
+        if leaving.spec.disk is not None or leaving.spec.boot is not None:
             # libvirt fears for two page caches; both QEMUs are on one machine, which has one.
             flags |= libvirt.VIR_MIGRATE_UNSAFE
         watch_over(there)
@@ -243,31 +242,27 @@ class Migration(Generic[V]):
             self._leaving.domain.handle.abortJob()
 
 
-def destination_xml(xml: str, place: Place) -> str:
+def destination_xml(xml: str, here: Place, there: Place) -> str:
     """A running domain's XML, with what is another at the destination.
 
     libvirt compares the rest with the source's, which has addresses and a machine type by now.
 
     Args:
         xml: the source's, migratable.
-        place: where the guest is to be.
+        here: where the guest is.
+        there: where it is to be.
     """
+    others = {
+        value: getattr(there, field.name)
+        for field in dataclasses.fields(Place)
+        if (value := getattr(here, field.name)) is not None
+    }
     domain = ET.fromstring(xml)
-    for name in ("serial", "console"):  # libvirt has one device as both
-        for source in domain.iterfind(f"devices/{name}/source"):
-            source.set("path", place.console_socket)
-    for path, value in (
-        ("devices/emulator", place.emulator),
-        ("os/kernel", place.kernel),
-        ("os/initrd", place.initrd),
-    ):
-        for element in domain.iterfind(path):
-            element.text = value
-    if place.plugin is not None:
-        arguments = domain.findall(f"{{{QEMU_NAMESPACE}}}commandline/{{{QEMU_NAMESPACE}}}arg")
-        for option, argument in pairwise(arguments):
-            if option.get("value") == "-plugin":
-                argument.set("value", place.plugin)
+    for element in domain.iter():
+        if element.text is not None:
+            element.text = others.get(element.text, element.text)
+        for name, value in element.items():
+            element.set(name, others.get(value, value))
     return ET.tostring(domain, encoding="unicode")
 
 

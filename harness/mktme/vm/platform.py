@@ -49,7 +49,16 @@ from mktme.service.client import (
     captured,
 )
 from mktme.service.server import CONTROL_SOCKET
-from mktme.vm.arrival import Arrival, ArrivingDomain, MigrationError, Side, place_of, uuid_of
+from mktme.vm.arrival import (
+    Arrival,
+    ArrivingDomain,
+    Belongings,
+    MigrationError,
+    Side,
+    place_of,
+    taken_over,
+    uuid_of,
+)
 from mktme.vm.config import VmConfig, check_config, with_window
 from mktme.vm.console import VmError
 from mktme.vm.disk_images import DiskImage, make_seed, overlay
@@ -285,6 +294,7 @@ class Platform:
         *,
         boot: bool,
         make: Callable[..., Domain] = Domain,
+        belongings: Belongings | None = None,
     ) -> Iterator[Vm]:
         """As `launch`, of a guest that has a UUID and a way to come here (`receive`).
 
@@ -294,6 +304,7 @@ class Platform:
             name: what to call it.
             boot: False to leave it as it comes.
             make: takes a `Domain`'s arguments, and makes one that brings it up.
+            belongings: what it has from where it was, if it boots its disk.
         """
         check_config(config)
         config = with_window(self._supported(config))
@@ -329,7 +340,8 @@ class Platform:
                 plugin = self._plugin_argument(one, config)
             boot_disk = None
             if isinstance(config.image, DiskImage):
-                boot_disk = stack.enter_context(self._boot_disk(one, config.image, config))
+                layer = self._boot_disk(one, config.image, config, belongings)
+                boot_disk = stack.enter_context(layer)
             spec = DomainSpec(
                 name=unique,
                 uuid=one,
@@ -385,7 +397,12 @@ class Platform:
 
     @contextlib.contextmanager
     def receive(
-        self, one: uuid.UUID, config: VmConfig, name: str, move: Callable[[Arrival], None]
+        self,
+        one: uuid.UUID,
+        config: VmConfig,
+        name: str,
+        belongings: Belongings | None,
+        move: Callable[[Arrival], None],
     ) -> Iterator[Vm]:
         """Take a guest from another host; see `mktme.vm.arrival.Destination`."""
 
@@ -399,7 +416,8 @@ class Platform:
                 socket.unlink(missing_ok=True)
 
         make = functools.partial(ArrivingDomain, come=come)
-        with self.carry(one, config, name, boot=False, make=make) as vm:
+        with self.carry(one, config, name, boot=False, make=make, belongings=belongings) as vm:
+            vm.domain.host_key = None if belongings is None else belongings.host_key
             yield vm
 
     def _trouble(self, domain: ArrivingDomain) -> str | None:
@@ -416,10 +434,16 @@ class Platform:
         return domain.reason(otherwise)
 
     @contextlib.contextmanager
-    def _boot_disk(self, one: uuid.UUID, image: DiskImage, config: VmConfig) -> Iterator[DiskBoot]:
+    def _boot_disk(
+        self, one: uuid.UUID, image: DiskImage, config: VmConfig, belongings: Belongings | None
+    ) -> Iterator[DiskBoot]:
         """A guest's layer over its image, and the seed that tells it who may log in."""
         with tempfile.TemporaryDirectory(prefix=f"{one.hex[:8]}-", dir=self.run_dir) as directory:
-            port = free_port() if config.ssh_port is None else config.ssh_port
+            before = None if belongings is None else belongings.boot.access.port
+            port = free_port() if config.ssh_port in (None, before) else config.ssh_port
+            if belongings is not None:
+                yield taken_over(belongings.boot, Path(directory), port)
+                return
             access = Access(port, _USER, LoginKey(), secrets.token_urlsafe(12))
             seed = Path(directory, "seed.img")
             make_seed(

@@ -64,7 +64,12 @@ class FakePlatform:
 
     @contextmanager
     def receive(
-        self, one: UUID, config: VmConfig, name: str, move: Callable[[Arrival], None]
+        self,
+        one: UUID,
+        config: VmConfig,
+        name: str,
+        _belongings: None,
+        move: Callable[[Arrival], None],
     ) -> Iterator[Any]:
         if self.unfit is not None:
             raise self.unfit

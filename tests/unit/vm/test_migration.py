@@ -71,7 +71,9 @@ def test_xml_at_the_destination_differs_in_what_is_the_hosts() -> None:
         plugin="/there/plugin.so,socket=/there/link.sock",
     )
     there = place_of(spec)
-    moved = ET.fromstring(destination_xml(ET.tostring(source, encoding="unicode"), there))
+    moved = ET.fromstring(
+        destination_xml(ET.tostring(source, encoding="unicode"), place_of(SPEC), there)
+    )
     paths = [one.get("path") for one in moved.iterfind("devices//source")]
     assert paths == ["/there/console", "/there/console"]
     assert moved.findtext("devices/emulator") == "/there/qemu"
