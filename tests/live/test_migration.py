@@ -255,6 +255,47 @@ def test_there_and_back_on_another_data_path(
         assert console.run("cat /proc/sys/kernel/random/boot_id", TIMEOUT_S).output == boot_id
 
 
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("datapath", "firmware"), [("shadow", "bios"), ("inline", "uefi")])
+def test_guest_that_boots_its_disk_takes_it_along(
+    datapath: str, firmware: str, hosts: tuple[Libvirtd, Libvirtd]
+) -> None:
+    """And removes it at the end, though it was made where it came from."""
+    config = vm_config(guest="debian-12", memory="512M", datapath=datapath, firmware=firmware)
+    here, there = hosts
+    with (
+        Platform(512 * MIB, connect=there.uri) as destination,
+        Platform(512 * MIB, connect=here.uri) as source,
+        ExitStack() as stack,
+    ):
+        with source.launch(config) as vm:
+            vm.domain.ssh.run("head -c 8000000 /dev/urandom >/root/before; sync", TIMEOUT_S)
+            boot = "cat /proc/sys/kernel/random/boot_id"
+            look = f"{boot}; sha256sum /root/before"
+            before = vm.domain.ssh.run(look, TIMEOUT_S).output
+            # Written back at the destination, where it was not written.
+            vm.domain.ssh.run("head -c 4000000 /dev/urandom >/root/dirty", TIMEOUT_S)
+            dirty = vm.domain.ssh.run("sha256sum /root/dirty", TIMEOUT_S).output
+            moved = stack.enter_context(Migration(vm, source, destination)).vm
+            port = vm.domain.access.port
+        assert_nothing_of(vm, source)
+        assert list(source.run_dir.glob(f"{vm.uuid.hex[:8]}-*")) == []
+        ssh = moved.domain.ssh
+        assert moved.domain.access.port != port
+        assert ssh.run(look, TIMEOUT_S).output == before
+        ssh.run("sync; echo 3 >/proc/sys/vm/drop_caches", TIMEOUT_S)
+        assert ssh.run("sha256sum /root/dirty", TIMEOUT_S).output == dirty
+        check_memory(moved)
+        moved.domain.reset(600)
+        again = moved.domain.ssh.run(look, TIMEOUT_S).output
+        assert again.splitlines()[1:] == before.splitlines()[1:]
+        assert again != before
+        stack.close()
+        assert_nothing_of(vm, destination)
+        assert list(destination.run_dir.glob(f"{vm.uuid.hex[:8]}-*")) == []
+
+
 # --- it stays -------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from mktme.remote import RemotePlatform
 from mktme.vm import reaper
 from mktme.vm.arrival import MigrationError
 from mktme.vm.console import VmLostError
+from mktme.vm.host import run_event_loop
 from mktme.vm.migration import Migration
 from mktme.vm.platform import Platform, Vm
 
@@ -79,8 +81,22 @@ class Hosts:
         for what in (RECEIVER, "mktme.vm.reaper", "mktme.service", QEMU):
             self.second.wait_ended(what)
         assert self.second.files() == []
-        connection = libvirt.open(self.second.libvirtd.uri)
-        assert connection.listAllDomains() == []
+        wait_for_no_domain(self.second.libvirtd.uri)
+
+
+def wait_for_no_domain(uri: str) -> None:
+    """Wait until libvirt, too, has noticed that QEMUs have ended."""
+    run_event_loop()
+    connection = libvirt.open(uri)
+    changed = threading.Event()
+    lifecycle = libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE
+    handle = connection.domainEventRegisterAny(None, lifecycle, lambda *_event: changed.set(), None)
+    try:
+        while left := [one.name() for one in connection.listAllDomains()]:
+            assert changed.wait(20), left
+            changed.clear()
+    finally:
+        connection.domainEventDeregisterAny(handle)
         connection.close()
 
 
@@ -300,9 +316,7 @@ def test_source_that_ends_leaves_nothing(
         assert status == ExitCode.INTERRUPTED, err
     mktme.assert_nothing_left()
     hosts.assert_nothing_there()
-    connection = libvirt.open(hosts.here.uri)
-    assert connection.listAllDomains() == []
-    connection.close()
+    wait_for_no_domain(hosts.here.uri)
 
 
 # --- it is refused --------------------------------------------------------------------------------

@@ -180,27 +180,23 @@ class Receiver:
         return request
 
     def _read(self) -> None:
-        rest = b""
-        while select.select([self._source], [], [], wire.SILENT_S)[0]:
-            data = os.read(self._source, _READ_BYTES)
-            if not data or len(rest) > wire.LINE_MAX_BYTES:
-                break
-            *lines, last = data.split(b"\n")
-            for line in lines:
-                self._take(rest + line)
-                rest = b""
-            rest += last
-        self._end()
-
-    def _take(self, line: bytes) -> None:
+        rest = bytearray()
         try:
-            request = wire.decode_request(line)
+            while select.select([self._source], [], [], wire.SILENT_S)[0]:
+                data = os.read(self._source, _READ_BYTES)
+                if not data or len(rest) > wire.LINE_MAX_BYTES:
+                    return
+                *lines, last = data.split(b"\n")
+                for line in lines:
+                    request = wire.decode_request(bytes(rest + line))
+                    rest.clear()
+                    if not isinstance(request, wire.Beat):
+                        self._requests.put(request)
+                rest += last
         except wire.WireError as error:
             self._send(wire.Failure(error=type(error).__name__, message=str(error)))
+        finally:
             self._end()
-        else:
-            if not isinstance(request, wire.Beat):
-                self._requests.put(request)
 
     def _end(self) -> None:
         """There is no source any more: whoever waits for a guest gets an error."""

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
+import shutil
 import uuid
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -16,14 +19,17 @@ import pytest
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
 from mktme.service.client import EngineClient
-from mktme.vm.arrival import MigrationError, Side, check_sides, place_of
+from mktme.vm.arrival import MigrationError, Side, check_sides, place_of, taken_over
 from mktme.vm.config import VmConfig
 from mktme.vm.console import VmLostError
+from mktme.vm.disk_images import DiskImage
 from mktme.vm.domain import Domain
-from mktme.vm.domain_xml import domain_xml
+from mktme.vm.domain_xml import DiskBoot, domain_xml
+from mktme.vm.hardware import Firmware, Hardware
 from mktme.vm.host import Host
 from mktme.vm.migration import Migration, destination_xml
 from mktme.vm.platform import Platform, Vm
+from mktme.vm.ssh import Access, LoginKey
 
 from .test_domain_xml import IMAGE, QEMU, SPEC
 
@@ -86,6 +92,47 @@ def test_xml_at_the_destination_differs_in_what_is_the_hosts() -> None:
             (part,) = tree.findall(path)
             tree.remove(part)
     assert ET.tostring(moved) == ET.tostring(source)
+
+
+def booted_from(directory: Path, *files: str) -> DiskBoot:
+    for name in files:
+        (directory / name).write_text(name)
+    disk, seed, nvram = (directory / name for name in ("disk.qcow2", "seed.img", "nvram.fd"))
+    return DiskBoot(disk, seed, nvram, Access(2222, "mktme", LoginKey(), "secret"))
+
+
+@pytest.mark.parametrize("firmware", [Firmware.BIOS, Firmware.UEFI])
+def test_disk_that_goes_along(firmware: Firmware, tmp_path: Path) -> None:
+    """Both platforms have the files until one removes them; their names are in the XML."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    files = ["disk.qcow2", "seed.img", *(["nvram.fd"] if firmware is Firmware.UEFI else [])]
+    before = booted_from(here, *files)
+    after = taken_over(before, there, 3333)
+    assert sorted(one.name for one in there.iterdir()) == sorted(files)
+    assert all((there / name).samefile(here / name) for name in files)
+    shutil.rmtree(here)
+    assert after.disk.read_text() == "disk.qcow2"
+    assert after.access == dataclasses.replace(before.access, port=3333)
+
+    image = DiskImage("debian-12", Path("/images/disk"), "raw", None)
+    spec = dataclasses.replace(SPEC, image=image, boot=before, hardware=Hardware(firmware=firmware))
+    place = place_of(dataclasses.replace(spec, boot=after))
+    moved = destination_xml(domain_xml(spec), place_of(spec), place)
+    assert moved == domain_xml(dataclasses.replace(spec, boot=after))
+    assert str(here) not in moved
+    assert "hostfwd=tcp:127.0.0.1:3333-:22" in moved
+
+
+def test_disk_on_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_paths: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    with pytest.raises(MigrationError, match="Invalid cross-device link") as caught:
+        taken_over(booted_from(tmp_path, "disk.qcow2"), tmp_path, 3333)
+    assert "on one file system" in str(caught.value.hint)
 
 
 CONFIG = VmConfig(IMAGE)
