@@ -30,6 +30,7 @@ _LAST_WORDS_S: Final = 2.0
 _SAID_LINES: Final = 20
 _SSH_FAILED: Final = 255  # ssh(1), EXIT STATUS
 _NO_COMMAND: Final = (126, 127)  # POSIX shell: cannot be run, not found
+_OPEN_FAILED: Final = ": open failed: "  # OpenSSH, channels.c, "channel %d: open failed: %s%s%s"
 _INSTALL_HINT: Final = (
     "make setup there, and have mktme in the PATH of commands run by ssh (such as by a link in"
     " /usr/local/bin), or --remote-mktme PATH"
@@ -129,6 +130,11 @@ class Link:
     def gone(self) -> str | None:
         """Why the connection has ended; None: it has not."""
         return self._why_gone
+
+    @property
+    def refused_forwarding(self) -> str | None:
+        """What ssh said when it was not let through to the socket there; None: nothing."""
+        return next((line for line in tuple(self._said) if _OPEN_FAILED in line), None)
 
     def ask(
         self, request: wire.Message, expected: type[_R], timeout_s: float = CALL_TIMEOUT_S

@@ -166,7 +166,10 @@ class RemotePlatform:
             try:
                 link.ask(wire.NotMoved(why=text), wire.Done)
             except MktmeError as error:  # their answer
-                return str(error)
+                text = str(error)
+            refused = link.refused_forwarding
+            if refused is not None:
+                return f"sshd there has AllowStreamLocalForwarding off, it seems ({refused})"
             return text
 
         try:

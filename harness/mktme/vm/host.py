@@ -72,7 +72,8 @@ class Host:
         if parts.netloc or "ssh" in parts.scheme:
             raise UsageError(
                 f"{self.uri}: the engine runs beside QEMU, and this one is on another machine",
-                hint="run mktme on that machine, with a URI such as qemu:///system",
+                hint="run mktme on that machine, with a URI such as qemu:///system; mktme migrate"
+                " moves a guest there",
             )
 
     def __enter__(self) -> Self:

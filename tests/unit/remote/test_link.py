@@ -156,6 +156,15 @@ def test_connection_that_is_lost(other: Other, answer: str, message: str) -> Non
         assert str(link.gone).startswith(message)
 
 
+def test_forwarding_that_is_refused(other: Other) -> None:
+    said = "channel 2: open failed: administratively prohibited: open failed"
+    script = f"{says(GREETING)}; read -r line; echo '{said}' >&2; {says(DONE)}; exec cat"
+    with other.link(script) as link:
+        assert link.refused_forwarding is None
+        link.ask(wire.Moved(), wire.Done)
+    assert link.refused_forwarding == said
+
+
 def test_no_answer_in_time(other: Other) -> None:
     with other.link(f"{says(GREETING)}; exec cat >/dev/null") as link:
         with pytest.raises(HostLostError, match="other did not answer Moved in"):
