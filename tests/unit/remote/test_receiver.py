@@ -149,6 +149,9 @@ def source(platform: FakePlatform) -> Iterator[Source]:
         thread.join(DEADLINE_S)
         assert not thread.is_alive()
         assert one.hear() is None
+    for reader in threading.enumerate():
+        if reader.name == "mktme-source":
+            reader.join(DEADLINE_S)
     os.close(requests)
     assert platform.log.count("up") == platform.log.count("down")
     assert list(platform.run_dir.iterdir()) == []
