@@ -223,7 +223,7 @@ FAILURES: Final[dict[str, tuple[Callable[[Underway], None], str]]] = {
     "cancelled": (lambda one: one.migration.cancel(), "did not move: it was cancelled"),
     "receiver killed": (kill_there(RECEIVER), "did not move: mktme on second ended"),
     "engine killed": (kill_there("mktme.service"), "did not move: .*the engine at the destination"),
-    "ssh cut": (cut_ssh, "did not move: mktme on second was ended by signal 9"),
+    "ssh cut": (cut_ssh, "did not move: ssh to second was ended by signal 9"),
     "sessions ended": (kill_there("sshd: root"), "did not move: (ssh to second failed|libvirt at)"),
 }
 ALWAYS: Final = ("cancelled", "receiver killed")

@@ -262,8 +262,9 @@ class Link:
             return f"ssh to {host} failed{said}"
         if status in _NO_COMMAND:
             return f"there is no mktme on {host}{said}"
-        how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-        return f"mktme on {host} {how}{said}"
+        if status < 0:
+            return f"ssh to {host} was ended by signal {-status}{said}"
+        return f"mktme on {host} ended with status {status}{said}"
 
     def _hint(self) -> str | None:
         status = self._process.poll()
