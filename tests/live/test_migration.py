@@ -9,6 +9,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -34,11 +35,14 @@ from mktme.service.wire import Welcome
 from mktme.vm import platform as platform_module
 from mktme.vm.arrival import MigrationError
 from mktme.vm.config import VmConfig
+from mktme.vm.disk_images import user_image
+from mktme.vm.hardware import Firmware, Hardware
 from mktme.vm.host import EnvironmentUnfitError
 from mktme.vm.migration import Migration, MigrationReport
 from mktme.vm.platform import Platform, Vm
 
 from .libvirtd import Libvirtd, needs_root, private_libvirtd
+from .test_disk_guests import HANGS
 from .test_inline_life import DISK_DRIVER
 
 MIB: Final = 1 << 20
@@ -253,6 +257,40 @@ def test_there_and_back_on_another_data_path(
         console.run("echo 3 >/proc/sys/vm/drop_caches", TIMEOUT_S)
         assert console.run("head -n1 /dev/vda", TIMEOUT_S).output == "there\n"
         assert console.run("cat /proc/sys/kernel/random/boot_id", TIMEOUT_S).output == boot_id
+
+
+@pytest.mark.parametrize("firmware", [Firmware.BIOS, Firmware.UEFI])
+def test_disk_goes_along(
+    firmware: Firmware, platforms: tuple[Platform, Platform], tmp_path: Path
+) -> None:
+    """The same layer, by names of each platform's own: who has the guest last removes it."""
+    source, destination = platforms
+    image = tmp_path / "hangs.img"
+    image.write_bytes(HANGS.ljust(MIB, b"\0"))
+    config = dataclasses.replace(
+        guest_config("shadow"), image=user_image(image), hardware=Hardware(firmware=firmware)
+    )
+    with ExitStack() as stack:
+        with source.launch(config, boot=False) as vm:
+            vm.domain.resume()
+            left = vm.domain.spec.boot
+            assert left is not None
+            layer = left.disk.stat().st_ino
+            moved = stack.enter_context(Migration(vm, source, destination)).vm
+            come = moved.domain.spec.boot
+            assert come is not None
+            assert come.disk.stat().st_ino == layer
+            check_memory(moved)
+            # QEMU answers at the port that is to lead to the guest's sshd, and there alone.
+            socket.create_connection(("127.0.0.1", come.access.port)).close()
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", left.access.port))
+        assert not left.disk.exists()
+        assert come.disk.stat().st_ino == layer
+        assert come.nvram.exists() == (firmware is Firmware.UEFI)
+        assert_nothing_of(vm, source)
+    assert not come.disk.exists()
+    assert_nothing_of(vm, destination)
 
 
 @pytest.mark.nightly

@@ -92,11 +92,11 @@ class Belongings:
 
     Attributes:
         boot: its layer, and how to log in to it.
-        host_key: its sshd's.
+        host_key: its sshd's, None if that is not known yet.
     """
 
     boot: DiskBoot
-    host_key: paramiko.PKey
+    host_key: paramiko.PKey | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,9 +229,9 @@ def place_of(spec: DomainSpec) -> Place:
 
 
 def belongings_of(domain: Domain) -> Belongings | None:
-    """What goes along with a guest that has booted; None: nothing does."""
-    boot, host_key = domain.spec.boot, domain.host_key
-    return None if boot is None or host_key is None else Belongings(boot, host_key)
+    """What goes along with a guest; None: nothing does."""
+    boot = domain.spec.boot
+    return None if boot is None else Belongings(boot, domain.host_key)
 
 
 def taken_over(boot: DiskBoot, directory: Path, port: int) -> DiskBoot:
