@@ -232,8 +232,8 @@ ALWAYS: Final = ("cancelled", "receiver killed")
 @pytest.mark.parametrize(
     ("datapath", "failures"),
     [
-        ("inline", ALWAYS),
-        pytest.param("shadow", tuple(FAILURES), marks=pytest.mark.nightly),
+        ("shadow", ALWAYS),
+        pytest.param("inline", tuple(FAILURES), marks=pytest.mark.nightly),
     ],
 )
 def test_failure_leaves_the_guest_here(
