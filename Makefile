@@ -2,7 +2,7 @@
 # Each target first sets up what is missing, from a clean clone on: see tools/setup.
 
 BIN := .venv/bin
-SCRIPTS := tools/setup .ci/run guest-images/build-root tests/live/libvirtd.sh $(addprefix guest-images/tiny/,init canary verify-memory workload)
+SCRIPTS := tools/setup .ci/run guest-images/build-root tests/live/libvirtd.sh tests/live/second_host.sh $(addprefix guest-images/tiny/,init canary verify-memory workload)
 C_SOURCES := $(shell find qemu-plugin tests -name '*.[ch]')
 # libvirt has a QEMU for alive until it is reaped. tini does so at once; the first process of a container
 # may be a second late, for each guest.

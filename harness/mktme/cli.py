@@ -30,6 +30,7 @@ from mktme.cli_dump import dump_app
 from mktme.cli_features import features
 from mktme.cli_keyid import keyid_app
 from mktme.cli_metrics import metrics
+from mktme.cli_migrate import migrate
 from mktme.cli_narration import narrate
 from mktme.cli_options import (
     ConnectOption,
@@ -68,6 +69,7 @@ from mktme.proof.bench import CONFIGURATIONS, BenchReport, bench
 from mktme.proof.demand import demo_demand, run_demand
 from mktme.proof.isolation import IsolationMatrix
 from mktme.proof.report import Check, GuestReport, RunReport, write_json
+from mktme.remote.receiver import receive
 from mktme.report.document import ReportError
 from mktme.service.client import EngineRefusedError
 from mktme.service.platform_file import read_platform
@@ -128,6 +130,8 @@ app.add_typer(dump_app, name="dump")
 app.command()(tamper)
 app.command()(features)
 app.command()(metrics)
+app.command()(migrate)
+app.command(hidden=True)(receive)
 app.command("report")(report_page)
 
 

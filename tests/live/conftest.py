@@ -112,14 +112,17 @@ def wait_until(
     descriptor = libc.inotify_init1(os.O_CLOEXEC)
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
+    end = os.pidfd_open(process.pid)
+    poll.register(end, select.POLLIN)
     deadline = time.monotonic() + 60
     try:
         assert libc.inotify_add_watch(descriptor, os.fsencode(directory), IN_CREATE) >= 0
         while not condition():
-            assert process.poll() is None, "the process ended"
             assert poll.poll(max(0.0, deadline - time.monotonic()) * 1000), "nothing came in time"
+            assert process.poll() is None, "the process ended"
             os.read(descriptor, 4096)
     finally:
+        os.close(end)
         os.close(descriptor)
 
 

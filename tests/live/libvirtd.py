@@ -38,8 +38,13 @@ class Libvirtd:
 
 
 @contextmanager
-def private_libvirtd(directory: Path) -> Iterator[Libvirtd]:
-    """Run a libvirtd whose socket is in `directory`, which is made, and gone at the end."""
+def private_libvirtd(directory: Path, prefix: tuple[str, ...] = ()) -> Iterator[Libvirtd]:
+    """Run a libvirtd whose socket is in `directory`, which is made, and gone at the end.
+
+    Args:
+        directory: where.
+        prefix: further options of unshare(1), and a command to run it.
+    """
     program = shutil.which("libvirtd") or str(UNPACKED)
     # Not those of the embedded driver: each forgets what another program has kept.
     capabilities = cache_dir().parent / "libvirtd-capabilities"
@@ -48,7 +53,7 @@ def private_libvirtd(directory: Path) -> Iterator[Libvirtd]:
     directory.mkdir()
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(
-            ["unshare", "--mount", *script],
+            ["unshare", "--mount", *prefix, *script],
             stdout=log,
             stderr=log,
         )

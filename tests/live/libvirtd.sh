@@ -10,6 +10,9 @@ for state in /var/lib/libvirt /var/log/libvirt /var/cache/libvirt /etc/libvirt /
 	mkdir -p "$state"
 	mount -t tmpfs tmpfs "$state"
 done
+# To who is in the namespace, it is qemu:///system.
+ln -s "$2" /run/libvirt
+mkdir /run/sshd
 mkdir -p /var/cache/libvirt/qemu
 ln -s "$3" /var/cache/libvirt/qemu/capabilities
 cat >/etc/libvirt/qemu.conf <<'END'

@@ -36,7 +36,10 @@ The whole tree, outer layers included (each layer defines its own branch)::
     ├── ImageError                  mktme.vm.images: a guest image that cannot be built or trusted
     ├── VmError                     mktme.vm.console: a guest that did not do as expected
     │   ├── VmLostError             it is gone, or silent
+    │   │   └── HostLostError       mktme.remote.link: so is the host that it moved to
+    │   ├── MigrationError          mktme.vm.arrival: it did not move, and runs on where it was
     │   └── GuestCommandError       a command in it failed
+    ├── WireError                   mktme.remote.wire: no message between two hosts
     ├── GuestRamError               mktme.proof.guest_ram: RAM that cannot be read
     ├── KeySearchError              mktme.proof.custody: what cannot be searched for keys
     ├── PatternError                mktme.dump.patterns: what cannot be searched for

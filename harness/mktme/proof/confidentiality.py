@@ -123,19 +123,47 @@ def search_dram(vm: Vm, canary: Canary, dram: Path) -> CanarySearch:
     clear = _clear_ranges(vm.require_engine().status())
     if _is_in(vm.base + ram_offset, clear):
         raise VmError(f"{vm.name} holds its canary in pages alone that are not to be encrypted")
-    blocks = [canary.line[at : at + BLOCK_BYTES] for at in range(0, LINE_BYTES, BLOCK_BYTES)]
-    hits: list[int] = []
+    found = search_dram_for(canary.line, dram, clear)
+    clear_bytes = sum(stop - start for start, stop in clear)
+    first = min(found.hits, default=None)
+    return CanarySearch(ram_offset, found.bytes_searched, len(found.hits), first, clear_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class LineSearch:
+    """Where the blocks of a line are in a DRAM file.
+
+    Attributes:
+        bytes_searched: how much of it is no hole, and was searched.
+        hits: addresses.
+    """
+
+    bytes_searched: int
+    hits: frozenset[int]
+
+
+def search_dram_for(
+    line: bytes, dram: Path, out: list[tuple[int, int]] | None = None
+) -> LineSearch:
+    """Look for any one 16-byte block of a line in a DRAM file, at each alignment.
+
+    Args:
+        line: whole blocks.
+        dram: the file.
+        out: addresses, first and after the last, of what is left out.
+    """
+    blocks = [line[at : at + BLOCK_BYTES] for at in range(0, len(line), BLOCK_BYTES)]
+    hits: set[int] = set()
     searched = 0
     with dram.open("rb", buffering=0) as file:
-        for start, stop in _without(_data_ranges(file.fileno()), clear):
+        for start, stop in _without(_data_ranges(file.fileno()), out or []):
             searched += stop - start
             for position in range(start, stop, _CHUNK_BYTES):
                 # Chunks overlap, so that nothing hides on a border.
                 length = min(_CHUNK_BYTES + BLOCK_BYTES - 1, stop - position)
                 data = os.pread(file.fileno(), length, position)
-                hits += [position + at for block in blocks for at in _find_all(data, block)]
-    clear_bytes = sum(stop - start for start, stop in clear)
-    return CanarySearch(ram_offset, searched, len(set(hits)), min(hits, default=None), clear_bytes)
+                hits.update(position + at for block in blocks for at in _find_all(data, block))
+    return LineSearch(searched, frozenset(hits))
 
 
 def _holds_its_own(vm: Vm, canary: Canary) -> bool:

@@ -272,7 +272,7 @@ class _Session:
 
     def controls(self, config: VmConfig) -> None:
         """Three cases made to fail, one for each proof; the checks must notice."""
-        key_file = _throw_away_key(self._platform.run_dir / "control.key", config)
+        key_file = throw_away_key(self._platform.run_dir / "control.key", config)
         stores_only = dataclasses.replace(
             config, track=Track.STORES, mode=KeyMode.DIRECT, key_file=key_file
         )
@@ -479,8 +479,8 @@ class _Session:
         self._narrator.notice(line)
 
 
-def _throw_away_key(path: Path, config: VmConfig) -> Path:
-    """A key file for a control; it goes with the run's directory."""
+def throw_away_key(path: Path, config: VmConfig) -> Path:
+    """A key file that goes with the run's directory."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(secrets.token_bytes(config.algorithm.key_bytes))

@@ -18,6 +18,7 @@ from mktme.dump.search import SearchReport
 from mktme.dump.stats import StatsReport
 from mktme.proof.bench import BenchReport
 from mktme.proof.features.table import FeatureReport
+from mktme.proof.moving import MoveReport
 from mktme.proof.platform_report import (
     KeyIdChange,
     KeyIdReport,
@@ -38,6 +39,7 @@ DOCUMENTS: Final[dict[str, type]] = {
     "keyid-change-1.json": KeyIdChange,
     "features-1.json": FeatureReport,
     "tamper-1.json": TamperReport,
+    "migrate-1.json": MoveReport,
     "dump-search-1.json": SearchReport,
     "dump-stats-1.json": StatsReport,
     "dump-diff-1.json": DiffReport,

@@ -14,6 +14,7 @@ from typing import Any, Final, Self
 
 import libvirt
 import libvirt_qemu
+import paramiko
 
 from mktme.engine.sidecar import GuestSegment
 from mktme.vm.bypass import refuse_bypasses
@@ -32,6 +33,7 @@ _MCI_MISC: Final = 0x8C  # the address is physical, and good to 4 KiB
 # Within milliseconds, unless the machine is very busy.
 _QUEUE_TIMEOUT_S: Final = 5.0
 _SUSPEND_TIMEOUT_S: Final = 30.0
+_LOGIN_TIMEOUT_S: Final = 60.0
 _PRESS_AGAIN_S: Final = 30.0
 _POLL_S: Final = 0.002
 
@@ -68,6 +70,8 @@ class Domain:
         self.spec = spec
         self.label = label
         self.trouble: str | None = None
+        self.host_key: paramiko.PKey | None = None
+        """Its sshd's, once that is known."""
         self._ssh: Ssh | None = None
         self._holding = threading.Lock()
         self._pausing = threading.Lock()
@@ -133,7 +137,9 @@ class Domain:
             VmError: it has none: it is not up yet, or boots from no disk.
         """
         if self._ssh is None:
-            raise VmError(f"{self.label} has no ssh")
+            if self.host_key is None:
+                raise VmError(f"{self.label} has no ssh")
+            self._ssh = Ssh(self.access, self.host_key, _LOGIN_TIMEOUT_S)
         return self._ssh
 
     @property
@@ -170,10 +176,10 @@ class Domain:
         except VmLostError as error:
             hint = "it must have cloud-init, and console=ttyS0; --boot-timeout gives it longer"
             raise VmLostError(str(error), hint=hint) from error
-        host_key = host_key_from(said)
-        if host_key is None:
+        self.host_key = host_key_from(said)
+        if self.host_key is None:
             raise VmLostError(f"{self.label} showed no Ed25519 host key on its console")
-        self._ssh = Ssh(self.access, host_key, max(1.0, deadline - time.monotonic()))
+        self._ssh = Ssh(self.access, self.host_key, max(1.0, deadline - time.monotonic()))
 
     def _booted_again(self, timeout_s: float) -> None:
         """Wait for the shell of a guest that has been up before."""
@@ -352,6 +358,8 @@ class Domain:
         Raises:
             VmError: there is no QEMU any more, or the guest did not boot in time.
         """
+        if self.host_key is not None:
+            _ = self.ssh  # there is a login, so that another boot can be told from this one
         self._call(self._domain.reset)
         self._booted_again(timeout_s)
 

@@ -158,9 +158,7 @@ def domain_xml(spec: DomainSpec) -> str:
     # libvirt knows the model but no way to another vendor; QEMU takes the last -cpu.
     values = ["-cpu", _CPU, *spec.hardware.arguments]
     if spec.boot is not None:
-        # libvirt forwards ports with passt alone, a process beside QEMU.
-        forward = f"hostfwd=tcp:{LOOPBACK}:{spec.boot.access.port}-:22"
-        values += ["-netdev", f"user,id={NETDEV},{forward}"]
+        values += ["-netdev", netdev(spec.boot.access.port)]
         values += ["-device", f"virtio-net-pci,netdev={NETDEV},addr={_NET_SLOT}"]
     if spec.plugin is not None:
         values += ["-plugin", spec.plugin]
@@ -169,6 +167,12 @@ def domain_xml(spec: DomainSpec) -> str:
     for value in values:
         ET.SubElement(arguments, f"{{{QEMU_NAMESPACE}}}arg", value=value)
     return ET.tostring(domain, encoding="unicode")
+
+
+def netdev(port: int) -> str:
+    """The network of a guest that boots its disk: `port` of the loopback interface is its ssh's."""
+    # libvirt forwards ports with passt alone, a process beside QEMU.
+    return f"user,id={NETDEV},hostfwd=tcp:{LOOPBACK}:{port}-:22"
 
 
 def _disk(devices: ET.Element, name: str, path: Path, driver: str) -> ET.Element:

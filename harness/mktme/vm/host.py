@@ -72,7 +72,8 @@ class Host:
         if parts.netloc or "ssh" in parts.scheme:
             raise UsageError(
                 f"{self.uri}: the engine runs beside QEMU, and this one is on another machine",
-                hint="run mktme on that machine, with a URI such as qemu:///system",
+                hint="run mktme on that machine, with a URI such as qemu:///system; mktme migrate"
+                " moves a guest there",
             )
 
     def __enter__(self) -> Self:
@@ -80,7 +81,7 @@ class Host:
         self.qemu_version = emulator_version(self.emulator)
         try:
             with _opening:
-                _run_event_loop()
+                run_event_loop()
                 self.connection = _embedded() if self.embedded else libvirt.open(self.uri)
             self.libvirt_version = unpacked_version(self.connection.getLibVersion())
         except libvirt.libvirtError as error:
@@ -238,7 +239,7 @@ def _embedded_root() -> Path:
 
 
 @functools.cache
-def _run_event_loop() -> None:
+def run_event_loop() -> None:
     """Start libvirt's event loop, once per process: the embedded driver needs it."""
     # libvirt prints errors to stderr by itself unless it is given a handler; we raise them.
     libvirt.registerErrorHandler(lambda _context, _error: None, None)

@@ -11,50 +11,50 @@
 Each platform has a libvirtd, an engine, DRAM and keys of its own. The destination's engine gives
 the guest a KeyID and a key that the source's never had; QEMU there starts with the plugin linked to
 that engine, so that what comes in is encrypted as any other write is. From the source, QEMU sends
-the guest's memory as the guest sees it: plaintext, here through a UNIX socket in the destination's
-private directory. Memory encryption ends at the package; what protects a network is libvirt's TLS.
+the guest's memory as the guest sees it: plaintext, through a UNIX socket in a private directory.
 
-What moves is driven by one process that has both platforms, so both are on its machine. `preflight`
-looks whether another machine could take part.
+With `mktme.remote.RemotePlatform` as the destination, that is on another host, and what goes
+between the hosts goes through ssh.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import threading
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, Final, Self
+from typing import Any, Final, Generic, Self, TypeVar
 
 import libvirt
 
+from mktme.datapath.kinds import DataPath
 from mktme.engine.errors import MktmeError
-from mktme.service.client import EngineGoneError
+from mktme.vm.arrival import (
+    Arrival,
+    Destination,
+    MigrationError,
+    Place,
+    belongings_of,
+    check_sides,
+    place_of,
+    watch_over,
+)
 from mktme.vm.bypass import refuse_bypasses
 from mktme.vm.config import VmConfig
 from mktme.vm.console import VmLostError
-from mktme.vm.disk_images import DiskImage
-from mktme.vm.domain import Domain
-from mktme.vm.domain_xml import QEMU_NAMESPACE, DomainSpec
 from mktme.vm.platform import Platform, Vm
-from mktme.vm.preflight import MigrationError, check_sides, side_of
 
 TIMEOUT_S: Final = 300.0
 _LIVENESS_S: Final = 0.2
-# A libvirtd that does not answer counts as gone after 5 x 6 s.
-_KEEPALIVE_S: Final = 5
-_KEEPALIVE_COUNT: Final = 5
 # Of a guest's config: what the guest has no part in.
 _CAN_CHANGE: Final = (
     *("datapath", "track", "window_bytes", "policy"),
-    *("algorithm", "mode", "key_file", "pages", "check_tlb"),
+    *("algorithm", "mode", "key_file", "pages", "check_tlb", "ssh_port"),
 )
+V = TypeVar("V")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class MigrationReport:
     iterations: int
 
 
-class Migration:
+class Migration(Generic[V]):
     """A guest's move to another platform; a context manager, in which it is there.
 
     At the end of the `with` the guest is taken down, as at the end of `Platform.launch`; that of
@@ -97,24 +97,24 @@ class Migration:
     Args:
         vm: the guest, running or held; it stays what it is.
         source: its platform.
-        destination: where it is to go.
+        destination: where it is to go: another platform, here or on another host.
         config: what it is to be there, None for what it is; only data path, tracker, window and
             key can be others.
         timeout_s: how long it may take until it runs there.
 
     Attributes:
-        vm: the guest at the destination; within the `with`.
+        vm: the guest at the destination; within the `with`. Of a `Platform`, a `Vm`.
         report: what it took.
     """
 
-    vm: Vm
+    vm: V
     report: MigrationReport
 
     def __init__(
         self,
         vm: Vm,
         source: Platform,
-        destination: Platform,
+        destination: Destination[V],
         *,
         config: VmConfig | None = None,
         timeout_s: float = TIMEOUT_S,
@@ -125,7 +125,6 @@ class Migration:
         self._config = config or vm.config
         self._timeout_s = timeout_s
         self._unwanted: str | None = None
-        self._connected = False  # to the console at the destination
         self._stats: dict[str, int] | None = None  # libvirt's, when it has moved
 
     def cancel(self) -> None:
@@ -144,14 +143,14 @@ class Migration:
         with ExitStack() as stack:
             with self._stays_unless_moved(), self._source.leaving(vm):
                 self._check()
-                make = functools.partial(_ArrivingDomain, move=self._move)
-                arriving = self._destination.carry(
-                    vm.uuid, self._config, vm.name, boot=False, make=make
+                belongings = belongings_of(vm.domain)
+                arriving = self._destination.receive(
+                    vm.uuid, self._config, vm.name, belongings, self._move
                 )
                 self.vm = stack.enter_context(arriving)
             self._stack = stack.pop_all()
         assert self._stats is not None
-        self.report = _report(vm.config, self.vm.config, time.monotonic() - started, self._stats)
+        self.report = _report(vm.config, self._config, time.monotonic() - started, self._stats)
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -159,20 +158,16 @@ class Migration:
 
     def _check(self) -> None:
         """What can be known before anything is started."""
-        if self._source is self._destination:
+        destination: object = self._destination
+        if destination is self._source:
             raise MigrationError("source and destination are the same platform")
         before: Any = self._leaving.config
-        if isinstance(before.image, DiskImage):
-            raise MigrationError(
-                "a guest that boots its disk has its own layer over it here, which does not move",
-                hint="migrate guests whose kernel QEMU loads, such as tiny",
-            )
         free: Any = {field: getattr(before, field) for field in _CAN_CHANGE}
         if dataclasses.replace(self._config, **free) != before:
             raise MigrationError("a guest that moves keeps its image, memory, vCPUs and disk")
         if self._config.plain != before.plain:
             raise MigrationError("a guest moves with an engine on both sides, or on neither")
-        check_sides(side_of(self._source), side_of(self._destination))
+        check_sides(self._source.side(), self._destination.side())
 
     @contextmanager
     def _stays_unless_moved(self) -> Iterator[None]:
@@ -192,43 +187,31 @@ class Migration:
                 hint = "this libvirt cannot migrate this QEMU: a newer libvirt can, or QEMU 10"
             raise MigrationError(f"{name} did not move: {error}", hint=hint) from error
 
-    def _move(self, arriving: Domain) -> libvirt.virDomain:
-        """Have the guest come to the destination, and connect to its console there."""
-        try:
-            moved = self._migrate(arriving)
-            self._stats = moved.jobStats(libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED)
-            if not self._connected:
-                arriving.connect()
-        except BaseException:
-            if self._connected:
-                arriving.console.close()
-            raise
-        return moved
-
-    def _migrate(self, arriving: Domain) -> libvirt.virDomain:
+    def _move(self, arrival: Arrival) -> None:
+        """Have the guest come to the destination."""
         leaving = self._leaving.domain
-        there = self._destination.host.connection
+        there = self._destination.connection
         xml = destination_xml(
-            leaving.handle.XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE), arriving.spec
+            leaving.handle.XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE),
+            place_of(leaving.spec),
+            arrival.place,
         )
-        if arriving.spec.plugin is not None:
-            refuse_bypasses(xml, inline=arriving.spec.inline)
-        socket = arriving.spec.console_socket.with_suffix(".migration")
+        if not self._config.plain:
+            refuse_bypasses(xml, inline=self._config.datapath is DataPath.INLINE)
         parameters = {
             libvirt.VIR_MIGRATE_PARAM_DEST_XML: xml,
-            libvirt.VIR_MIGRATE_PARAM_URI: f"unix://{socket}",
+            libvirt.VIR_MIGRATE_PARAM_URI: f"unix://{arrival.socket}",
         }
         # A guest that writes faster than its memory can be sent is slowed down until it does not.
         flags = libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_AUTO_CONVERGE
-        if arriving.spec.disk is not None:
+        if leaving.spec.disk is not None or leaving.spec.boot is not None:
             # libvirt fears for two page caches; both QEMUs are on one machine, which has one.
             flags |= libvirt.VIR_MIGRATE_UNSAFE
-        there.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_COUNT)
-        with ThreadPoolExecutor(1, "mktme-migrate") as pool, _started(there, arriving) as up:
+        watch_over(there)
+        with ThreadPoolExecutor(1, "mktme-migrate") as pool:
             moving = pool.submit(leaving.handle.migrate3, there, parameters, flags)
-            moving.add_done_callback(lambda _future: up.set())
             try:
-                self._watch(moving, up, arriving)
+                self._watch(moving, arrival)
             except BaseException:
                 while wait([moving], _LIVENESS_S).not_done:
                     self._abort()
@@ -236,102 +219,50 @@ class Migration:
                     moving.result().destroy()
                 raise
         try:
-            return moving.result()
+            self._stats = moving.result().jobStats(libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED)
         except libvirt.libvirtError as error:
-            raise MigrationError(self._why_not(arriving, error)) from error
-        finally:
-            socket.unlink(missing_ok=True)
+            why = self._unwanted or arrival.why(str(error))
+            raise MigrationError(why) from error
 
-    def _watch(self, moving: Future[Any], up: threading.Event, arriving: Domain) -> None:
+    def _watch(self, moving: Future[Any], arrival: Arrival) -> None:
         """Wait until libvirt is done, and see to it that it is when the guest shall not move."""
         deadline = time.monotonic() + self._timeout_s
         # Neither Ctrl-C, `cancel` nor a connection's end is an event of libvirt's job: look for
         # them now and then. It takes an abort from the moment on that the job has begun.
-        while not moving.done():
-            if self._connected:
-                wait([moving], _LIVENESS_S)
-            elif up.wait(_LIVENESS_S) and not moving.done():
-                try:
-                    arriving.connect()
-                    self._connected = True
-                except OSError as error:
-                    self._unwanted = f"its console at the destination: {error.strerror}"
+        while wait([moving], _LIVENESS_S).not_done:
             if time.monotonic() > deadline:
                 self._unwanted = f"it took more than {self._timeout_s:g} s"
-            elif not self._destination.host.connection.isAlive():
-                self._unwanted = f"libvirt at {self._destination.host.uri} is gone"
+            elif (trouble := arrival.trouble()) is not None:
+                self._unwanted = trouble
             if self._unwanted is not None:
                 self._abort()
-
-    def _why_not(self, arriving: Domain, error: libvirt.libvirtError) -> str:
-        if self._unwanted is not None:
-            return self._unwanted
-        try:
-            self._destination.engine.ping()
-        except EngineGoneError:  # and its plugin has ended the QEMU there
-            return "the engine at the destination is gone"
-        return arriving.reason(str(error))
 
     def _abort(self) -> None:
         with suppress(libvirt.libvirtError):  # there is no job yet, or none any more
             self._leaving.domain.handle.abortJob()
 
 
-class _ArrivingDomain(Domain):
-    """A domain that comes from another host rather than from its XML."""
-
-    def __init__(
-        self,
-        *arguments: Any,
-        move: Callable[[Domain], libvirt.virDomain],
-    ) -> None:
-        super().__init__(*arguments)
-        self._move = move
-
-    def bring_up(self) -> None:
-        """Have it come, running if it ran where it was."""
-        self._domain = self._move(self)
-
-
-@contextmanager
-def _started(connection: libvirt.virConnect, domain: Domain) -> Iterator[threading.Event]:
-    """Within the `with`, an event that is set when a domain's QEMU is up to take the guest."""
-    up = threading.Event()
-
-    def note(_connection: object, one: libvirt.virDomain, event: int, *_detail: object) -> None:
-        if event == libvirt.VIR_DOMAIN_EVENT_STARTED and one.UUID() == domain.spec.uuid.bytes:
-            up.set()
-
-    handle = connection.domainEventRegisterAny(
-        None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, note, None
-    )
-    try:
-        yield up
-    finally:
-        with suppress(libvirt.libvirtError):  # the connection is gone
-            connection.domainEventDeregisterAny(handle)
-
-
-def destination_xml(xml: str, spec: DomainSpec) -> str:
+def destination_xml(xml: str, here: Place, there: Place) -> str:
     """A running domain's XML, with what is another at the destination.
 
     libvirt compares the rest with the source's, which has addresses and a machine type by now.
 
     Args:
         xml: the source's, migratable.
-        spec: the guest at the destination.
+        here: where the guest is.
+        there: where it is to be.
     """
+    others = {
+        value: getattr(there, field.name)
+        for field in dataclasses.fields(Place)
+        if (value := getattr(here, field.name)) is not None
+    }
     domain = ET.fromstring(xml)
-    for name in ("serial", "console"):  # libvirt has one device as both
-        for source in domain.iterfind(f"devices/{name}/source"):
-            source.set("path", str(spec.console_socket))
-    for emulator in domain.iterfind("devices/emulator"):
-        emulator.text = str(spec.emulator)
-    if spec.plugin is not None:
-        arguments = domain.findall(f"{{{QEMU_NAMESPACE}}}commandline/{{{QEMU_NAMESPACE}}}arg")
-        for option, value in pairwise(arguments):
-            if option.get("value") == "-plugin":
-                value.set("value", spec.plugin)
+    for element in domain.iter():
+        if element.text is not None:
+            element.text = others.get(element.text, element.text)
+        for name, value in element.items():
+            element.set(name, others.get(value, value))
     return ET.tostring(domain, encoding="unicode")
 
 

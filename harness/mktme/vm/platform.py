@@ -31,6 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
+import libvirt
+
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
 from mktme.datapath.uffd import require_fault_handling, require_write_tracking
@@ -47,6 +49,16 @@ from mktme.service.client import (
     captured,
 )
 from mktme.service.server import CONTROL_SOCKET
+from mktme.vm.arrival import (
+    Arrival,
+    ArrivingDomain,
+    Belongings,
+    MigrationError,
+    Side,
+    place_of,
+    taken_over,
+    uuid_of,
+)
 from mktme.vm.config import VmConfig, check_config, with_window
 from mktme.vm.console import VmError
 from mktme.vm.disk_images import DiskImage, make_seed, overlay
@@ -231,6 +243,11 @@ class Platform:
         self._stack.close()
 
     @property
+    def connection(self) -> libvirt.virConnect:
+        """Its libvirt."""
+        return self.host.connection
+
+    @property
     def engine_pid(self) -> int:
         """The engine's process."""
         return self._process.process.pid
@@ -281,8 +298,9 @@ class Platform:
         *,
         boot: bool,
         make: Callable[..., Domain] = Domain,
+        belongings: Belongings | None = None,
     ) -> Iterator[Vm]:
-        """As `launch`, of a guest that has a UUID and a way to come here (`mktme.vm.migration`).
+        """As `launch`, of a guest that has a UUID and a way to come here (`receive`).
 
         Args:
             one: its UUID.
@@ -290,6 +308,7 @@ class Platform:
             name: what to call it.
             boot: False to leave it as it comes.
             make: takes a `Domain`'s arguments, and makes one that brings it up.
+            belongings: what it has from where it was, if it boots its disk.
         """
         check_config(config)
         config = with_window(self._supported(config))
@@ -325,7 +344,8 @@ class Platform:
                 plugin = self._plugin_argument(one, config)
             boot_disk = None
             if isinstance(config.image, DiskImage):
-                boot_disk = stack.enter_context(self._boot_disk(one, config.image, config))
+                layer = self._boot_disk(one, config.image, config, belongings)
+                boot_disk = stack.enter_context(layer)
             spec = DomainSpec(
                 name=unique,
                 uuid=one,
@@ -363,11 +383,71 @@ class Platform:
                 domain.boot(config.boot_deadline_s)
             yield Vm(one, config, domain, engine, **vm_fields)
 
+    def side(self) -> Side:
+        """What it is to a migration; see `mktme.vm.arrival.Destination`."""
+        if self.host.embedded:
+            raise MigrationError(
+                "libvirt's embedded driver migrates no guests",
+                hint="give both platforms a libvirtd of their own: Platform(connect=URI)",
+            )
+        welcome = self.engine.welcome
+        return Side(
+            uri=self.host.uri,
+            host=uuid_of(self.connection),
+            qemu_version=self.host.qemu_version,
+            mktme_version=welcome.mktme_version,
+            link_version=welcome.link_version,
+        )
+
     @contextlib.contextmanager
-    def _boot_disk(self, one: uuid.UUID, image: DiskImage, config: VmConfig) -> Iterator[DiskBoot]:
+    def receive(
+        self,
+        one: uuid.UUID,
+        config: VmConfig,
+        name: str,
+        belongings: Belongings | None,
+        move: Callable[[Arrival], None],
+    ) -> Iterator[Vm]:
+        """Take a guest from another host; see `mktme.vm.arrival.Destination`."""
+
+        def come(domain: ArrivingDomain) -> None:
+            socket = domain.spec.console_socket.with_suffix(".migration")
+            trouble = functools.partial(self._trouble, domain)
+            why = functools.partial(self._why_not_come, domain)
+            try:
+                move(Arrival(place_of(domain.spec), socket, trouble, why))
+            finally:
+                socket.unlink(missing_ok=True)
+
+        make = functools.partial(ArrivingDomain, come=come)
+        with self.carry(one, config, name, boot=False, make=make, belongings=belongings) as vm:
+            vm.domain.host_key = None if belongings is None else belongings.host_key
+            yield vm
+
+    def _trouble(self, domain: ArrivingDomain) -> str | None:
+        """What keeps a guest from coming, if anything does."""
+        if not self.connection.isAlive():
+            return f"libvirt at {self.host.uri} is gone"
+        return domain.unmet
+
+    def _why_not_come(self, domain: ArrivingDomain, otherwise: str) -> str:
+        try:
+            self.engine.ping()
+        except EngineGoneError:  # and its plugin has ended the QEMU there
+            return "the engine at the destination is gone"
+        return domain.reason(otherwise)
+
+    @contextlib.contextmanager
+    def _boot_disk(
+        self, one: uuid.UUID, image: DiskImage, config: VmConfig, belongings: Belongings | None
+    ) -> Iterator[DiskBoot]:
         """A guest's layer over its image, and the seed that tells it who may log in."""
         with tempfile.TemporaryDirectory(prefix=f"{one.hex[:8]}-", dir=self.run_dir) as directory:
-            port = free_port() if config.ssh_port is None else config.ssh_port
+            before = None if belongings is None else belongings.boot.access.port
+            port = free_port() if config.ssh_port in (None, before) else config.ssh_port
+            if belongings is not None:
+                yield taken_over(belongings.boot, Path(directory), port)
+                return
             access = Access(port, _USER, LoginKey(), secrets.token_urlsafe(12))
             seed = Path(directory, "seed.img")
             make_seed(

@@ -34,10 +34,40 @@ _ENGINE_PID_FILES: Final = f"run-*/{ENGINE_PID_FILE}"
 _ENGINE_TIMEOUT_S: Final = 5
 
 
-@functools.cache
 def process_dir() -> Path:
     """A private directory that is gone, and all QEMUs of it, soon after this process is."""
-    with _interrupts_later():
+    return _started()[0]
+
+
+@contextlib.contextmanager
+def common_dir(path: Path | None = None) -> Iterator[Path]:
+    """A private directory that has the same path on two hosts; gone soon after this process is.
+
+    Args:
+        path: what the other host calls it; None to choose.
+
+    Raises:
+        OSError: it cannot be made, or is there already.
+    """
+    reaper = _started()[1]
+    with interrupts_later():
+        if path is None:
+            path = Path(tempfile.mkdtemp(prefix="mktme-move-"))
+        else:
+            path.mkdir(mode=0o700)
+        assert reaper.stdin is not None
+        reaper.stdin.write(os.fsencode(path) + b"\0")
+        reaper.stdin.flush()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@functools.cache
+def _started() -> tuple[Path, subprocess.Popen[bytes]]:
+    """The process's directory, and its reaper."""
+    with interrupts_later():
         # Short, since the paths of UNIX sockets end at 107 bytes.
         directory = Path(tempfile.mkdtemp(prefix="mktme-"))
         try:
@@ -51,11 +81,11 @@ def process_dir() -> Path:
         except BaseException:
             shutil.rmtree(directory)  # not yet anybody else's to remove
             raise
-        return directory
+        return directory, reaper
 
 
 @contextlib.contextmanager
-def _interrupts_later() -> Iterator[None]:
+def interrupts_later() -> Iterator[None]:
     """Let Ctrl-C in the `with` count at its end, and never for a process that is started in it.
 
     Between a file that was made and the `try` that would remove it there always is a gap. Python's
@@ -109,8 +139,10 @@ def _kill(pid_file: Path, directory: Path, patience_s: float) -> None:
 
 def main() -> None:
     """Wait for the end of the process that started this one, and clear up after it."""
-    sys.stdin.buffer.read()
+    further = sys.stdin.buffer.read()
     kill_leftovers(Path(sys.argv[1]))
+    for path in further.split(b"\0")[:-1]:
+        shutil.rmtree(os.fsdecode(path), ignore_errors=True)
 
 
 if __name__ == "__main__":

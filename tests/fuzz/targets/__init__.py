@@ -18,6 +18,8 @@ CONTROL: Final = "control"
 _MODULES: Final = {
     "request": "messages",
     "reply": "messages",
+    "remote-request": "lines",
+    "remote-reply": "lines",
     "hello": "hellos",
     "pconfig": "registers",
     "msr": "registers",

@@ -44,7 +44,7 @@ class FakeConnection:
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """URIs that libvirt was asked for."""
-    monkeypatch.setattr(host_module, "_run_event_loop", lambda: None)
+    monkeypatch.setattr(host_module, "run_event_loop", lambda: None)
     # As in a process that has not opened the embedded driver yet.
     fresh = functools.cache(host_module._embedded.__wrapped__)
     monkeypatch.setattr(host_module, "_embedded", fresh)

@@ -4,46 +4,37 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
+import shutil
 import uuid
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import libvirt
-import msgspec
 import pytest
 
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
-from mktme.service import wire
 from mktme.service.client import EngineClient
+from mktme.vm.arrival import MigrationError, Side, check_sides, place_of, taken_over
 from mktme.vm.config import VmConfig
 from mktme.vm.console import VmLostError
+from mktme.vm.disk_images import DiskImage
 from mktme.vm.domain import Domain
-from mktme.vm.domain_xml import domain_xml
+from mktme.vm.domain_xml import DiskBoot, domain_xml
+from mktme.vm.hardware import Firmware, Hardware
 from mktme.vm.host import Host
 from mktme.vm.migration import Migration, destination_xml
 from mktme.vm.platform import Platform, Vm
-from mktme.vm.preflight import MigrationError, Side, check_sides
+from mktme.vm.ssh import Access, LoginKey
 
 from .test_domain_xml import IMAGE, QEMU, SPEC
 
-WELCOME = wire.Welcome(
-    version=wire.PROTOCOL_VERSION,
-    role=wire.Role.OWNER,
-    engine_pid=1,
-    dram_path="/dram.img",
-    link_socket="/link.sock",
-    mktme_version="0.1.0",
-    link_version=1,
-)
-HERE = Side("qemu+unix:///system?socket=/a", "host-a", (10, 0, 2), WELCOME)
+HERE = Side("qemu+unix:///system?socket=/a", "host-a", (10, 0, 2), "0.1.0", 1)
 THERE = dataclasses.replace(HERE, uri="qemu+unix:///system?socket=/b", host="host-b")
-
-
-def engine_of(**what: Any) -> wire.Welcome:
-    return msgspec.structs.replace(WELCOME, **what)
 
 
 @pytest.mark.parametrize("qemu_version", [(10, 0, 2), (10, 0, 3), (11, 1, 2)])
@@ -57,11 +48,11 @@ def test_platforms_that_fit_together(qemu_version: tuple[int, int, int]) -> None
         (dataclasses.replace(THERE, host="host-a"), "are one host to libvirt"),
         (dataclasses.replace(THERE, qemu_version=(10, 0, 1)), r"has QEMU 10\.0\.1, and guests of"),
         (
-            dataclasses.replace(THERE, engine=engine_of(mktme_version="0.2.0")),
+            dataclasses.replace(THERE, mktme_version="0.2.0"),
             r"has mktme 0\.2\.0, the one here 0\.1\.0",
         ),
         (
-            dataclasses.replace(THERE, engine=engine_of(link_version=2)),
+            dataclasses.replace(THERE, link_version=2),
             "has link protocol 2, the one here 1",
         ),
     ],
@@ -77,23 +68,71 @@ def test_xml_at_the_destination_differs_in_what_is_the_hosts() -> None:
     assert devices is not None
     console = ET.SubElement(devices, "console", type="unix")  # as libvirt adds it
     ET.SubElement(console, "source", mode="bind", path="/run/console")
-    there = dataclasses.replace(
+    image = dataclasses.replace(IMAGE, kernel=Path("/there/vmlinuz"), initrd=Path("/there/initrd"))
+    spec = dataclasses.replace(
         SPEC,
+        image=image,
         console_socket=Path("/there/console"),
         emulator=Path("/there/qemu"),
         plugin="/there/plugin.so,socket=/there/link.sock",
     )
-    moved = ET.fromstring(destination_xml(ET.tostring(source, encoding="unicode"), there))
+    there = place_of(spec)
+    moved = ET.fromstring(
+        destination_xml(ET.tostring(source, encoding="unicode"), place_of(SPEC), there)
+    )
     paths = [one.get("path") for one in moved.iterfind("devices//source")]
     assert paths == ["/there/console", "/there/console"]
     assert moved.findtext("devices/emulator") == "/there/qemu"
+    assert moved.findtext("os/kernel") == "/there/vmlinuz"
+    assert moved.findtext("os/initrd") == "/there/initrd"
     values = [one.get("value") for one in moved.iterfind(f"{QEMU}commandline/{QEMU}arg")]
     assert values[-2:] == ["-plugin", there.plugin]
     for tree in (source, moved):
-        for path in ("devices", f"{QEMU}commandline"):
+        for path in ("devices", "os", f"{QEMU}commandline"):
             (part,) = tree.findall(path)
             tree.remove(part)
     assert ET.tostring(moved) == ET.tostring(source)
+
+
+def booted_from(directory: Path, *files: str) -> DiskBoot:
+    for name in files:
+        (directory / name).write_text(name)
+    disk, seed, nvram = (directory / name for name in ("disk.qcow2", "seed.img", "nvram.fd"))
+    return DiskBoot(disk, seed, nvram, Access(2222, "mktme", LoginKey(), "secret"))
+
+
+@pytest.mark.parametrize("firmware", [Firmware.BIOS, Firmware.UEFI])
+def test_disk_that_goes_along(firmware: Firmware, tmp_path: Path) -> None:
+    """Both platforms have the files until one removes them; their names are in the XML."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    files = ["disk.qcow2", "seed.img", *(["nvram.fd"] if firmware is Firmware.UEFI else [])]
+    before = booted_from(here, *files)
+    after = taken_over(before, there, 3333)
+    assert sorted(one.name for one in there.iterdir()) == sorted(files)
+    assert all((there / name).samefile(here / name) for name in files)
+    shutil.rmtree(here)
+    assert after.disk.read_text() == "disk.qcow2"
+    assert after.access == dataclasses.replace(before.access, port=3333)
+
+    image = DiskImage("debian-12", Path("/images/disk"), "raw", None)
+    spec = dataclasses.replace(SPEC, image=image, boot=before, hardware=Hardware(firmware=firmware))
+    place = place_of(dataclasses.replace(spec, boot=after))
+    moved = destination_xml(domain_xml(spec), place_of(spec), place)
+    assert moved == domain_xml(dataclasses.replace(spec, boot=after))
+    assert str(here) not in moved
+    assert "hostfwd=tcp:127.0.0.1:3333-:22" in moved
+
+
+def test_disk_on_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_paths: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    with pytest.raises(MigrationError, match="Invalid cross-device link") as caught:
+        taken_over(booted_from(tmp_path, "disk.qcow2"), tmp_path, 3333)
+    assert "on one file system" in str(caught.value.hint)
 
 
 CONFIG = VmConfig(IMAGE)

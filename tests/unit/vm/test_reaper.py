@@ -39,6 +39,20 @@ sys.stdin.readline()
 """
 
 
+# One that has a directory in common with another host, and then waits, or ends it.
+COMMON: Final = """
+import sys
+from pathlib import Path
+from mktme.vm.reaper import common_dir
+with common_dir(*map(Path, sys.argv[1:])) as path:
+    (path / "memory").write_text("")
+    print(path, flush=True)
+    sys.stdin.readline()
+print(path.exists(), flush=True)
+sys.stdin.readline()
+"""
+
+
 # One that is interrupted when its directory has been made, and is nobody's to remove yet.
 INTERRUPTED: Final = """
 import os, signal, tempfile
@@ -276,3 +290,51 @@ def test_directory_that_is_gone_is_fine(run_dir: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "mktme-x")
     kill_leftovers(tmp_path / "mktme-x")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+def test_directory_that_another_host_calls_alike(named: bool, killed: bool, tmp_path: Path) -> None:
+    """Private, of the name that was asked for, and gone however its process ends."""
+    tmpdir = tmp_path / "tmp"
+    tmpdir.mkdir()
+    name = tmp_path / "mktme-move-1"
+    with subprocess.Popen(
+        [sys.executable, "-c", COMMON, *([str(name)] if named else [])],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"TMPDIR": str(tmpdir)},
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        path = Path(process.stdout.readline().strip())
+        assert path == name if named else path.parent == tmpdir
+        assert path.stat().st_mode & 0o777 == 0o700
+        with pidfd(child_running("mktme.vm.reaper", process.pid)) as reaper:
+            if killed:
+                process.kill()
+            else:
+                process.stdin.write("\n")
+                process.stdin.flush()
+                assert process.stdout.readline() == "False\n"
+                process.stdin.write("\n")
+                process.stdin.flush()
+            assert ended(reaper)
+    assert not path.exists()
+    assert list(tmpdir.iterdir()) == []
+
+
+def test_directory_of_another_is_left_to_it(tmp_path: Path) -> None:
+    """What two hosts call alike has to be another on each."""
+    (tmp_path / "mine").write_text("")
+    ended_with = subprocess.run(
+        [sys.executable, "-c", COMMON, str(tmp_path)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE_S,
+    )
+    assert "FileExistsError" in ended_with.stderr
+    assert [one.name for one in tmp_path.iterdir()] == ["mine"]
