@@ -414,6 +414,7 @@ class EngineProcess:
         platform: what firmware sets up; its own size of DRAM is not looked at.
         peer_uids: further users whose plugins may link (QEMU's, if it is another).
         shared_ownership: let every process of this user be an owner, on the control socket.
+        audit: where to keep the audit log; None for a file in `run_dir`.
     """
 
     def __init__(
@@ -423,6 +424,7 @@ class EngineProcess:
         dram_bytes: int,
         *,
         platform: PlatformConfig | None = None,
+        audit: Path | None = None,
         peer_uids: tuple[int, ...] = (),
         shared_ownership: bool = False,
     ) -> None:
@@ -437,6 +439,7 @@ class EngineProcess:
             f"--platform={msgspec.json.encode(platform or PlatformConfig()).decode()}",
             *(f"--peer-uid={uid}" for uid in peer_uids),
             *(["--shared-ownership"] if shared_ownership else []),
+            *([] if audit is None else [f"--audit={audit}"]),
         ]
 
     def __enter__(self) -> Self:

@@ -74,9 +74,11 @@ class _Command(Message, frozen=True):
 
     Attributes:
         least_role: the lowest role that may send it.
+        is_audited: whether it goes into the audit log (`mktme.service.audit`).
     """
 
     least_role: ClassVar[Role] = Role.OWNER
+    is_audited: ClassVar[bool] = False
 
 
 class GetStatus(_Command, frozen=True):
@@ -114,6 +116,8 @@ class AddVm(_Command, frozen=True):
         dimm_bytes: memory behind all that, for what is plugged in while it runs; whole pages.
     """
 
+    is_audited: ClassVar[bool] = True
+
     vm: UUID
     name: Annotated[str, msgspec.Meta(max_length=NAME_MAX_CHARACTERS)]
     memory_bytes: int
@@ -130,6 +134,8 @@ class AddVm(_Command, frozen=True):
 
 class RemoveVm(_Command, frozen=True):
     """Forget a VM: its link is closed, its KeyID cleared, its DRAM set free."""
+
+    is_audited: ClassVar[bool] = True
 
     vm: UUID
 
@@ -183,6 +189,8 @@ class WriteDram(_Command, frozen=True):
         keyid: what to encrypt with.
     """
 
+    is_audited: ClassVar[bool] = True
+
     address: int
     data: Annotated[bytes, msgspec.Meta(max_length=WRITE_MAX_BYTES)]
     keyid: int
@@ -207,6 +215,8 @@ class StartCapture(_Command, frozen=True):
         path: of the copy, absolute; nothing may be there, nor its sidecar or MACs.
         vms: whose memory; none: all of DRAM.
     """
+
+    is_audited: ClassVar[bool] = True
 
     path: str
     vms: tuple[UUID, ...] = ()
@@ -270,6 +280,8 @@ class ReadMsr(_Command, frozen=True):
 class WriteMsr(_Command, frozen=True):
     """Execute WRMSR on the package."""
 
+    is_audited: ClassVar[bool] = True
+
     msr: int
     value: Annotated[int, msgspec.Meta(ge=0)]
 
@@ -287,6 +299,8 @@ class ExecutePconfig(_Command, frozen=True):
             key, or as much entropy for a random key.
     """
 
+    is_audited: ClassVar[bool] = True
+
     leaf: int
     address: int
     program: bytes
@@ -303,6 +317,8 @@ class ProgramKey(_Command, frozen=True):
         vm: whose it is, and with whom it goes; None for nobody's.
     """
 
+    is_audited: ClassVar[bool] = True
+
     mode: KeyMode
     algorithm: Algorithm
     keyid: int | None = None
@@ -312,6 +328,8 @@ class ProgramKey(_Command, frozen=True):
 
 class ClearKey(_Command, frozen=True):
     """Destroy the key of a KeyID that nobody uses."""
+
+    is_audited: ClassVar[bool] = True
 
     keyid: int
 
@@ -326,6 +344,8 @@ class AssignPages(_Command, frozen=True):
             None for the VM's own.
     """
 
+    is_audited: ClassVar[bool] = True
+
     vm: UUID
     ram_offset: int
     size_bytes: int
@@ -339,6 +359,8 @@ class ReleasePage(_Command, frozen=True):
         ram_offset: of the page.
     """
 
+    is_audited: ClassVar[bool] = True
+
     vm: UUID
     ram_offset: int
 
@@ -351,6 +373,8 @@ class DiscardMemory(_Command, frozen=True):
         size_bytes: how much, a multiple of 4096.
     """
 
+    is_audited: ClassVar[bool] = True
+
     vm: UUID
     ram_offset: int
     size_bytes: int
@@ -358,6 +382,8 @@ class DiscardMemory(_Command, frozen=True):
 
 class PowerPlatform(_Command, frozen=True):
     """Let a power event happen: every VM ends, and firmware sets the platform up again."""
+
+    is_audited: ClassVar[bool] = True
 
     event: PowerEvent
 

@@ -161,6 +161,7 @@ class Platform:
         dram_bytes: size of its DRAM.
         config: what its firmware sets up; the size of DRAM there is not looked at.
         dram: where to keep the DRAM image; None for a file that goes with the platform.
+        audit: where to append the engine's audit log; None for a file that goes with the platform.
         connect: a libvirt URI in place of the embedded driver.
         emulator: another QEMU than this machine's own.
         shared_ownership: let other processes of this user program keys, too.
@@ -174,6 +175,7 @@ class Platform:
         config: PlatformConfig | None = None,
         shared_ownership: bool = False,
         dram: Path | None = None,
+        audit: Path | None = None,
         connect: str | None = None,
         emulator: Path | None = None,
         notice: Callable[[str], None] = lambda _line: None,
@@ -182,6 +184,7 @@ class Platform:
         self._config = config
         self._shared_ownership = shared_ownership
         self._dram = dram
+        self._audit = audit
         self._connect = connect
         self._emulator = emulator
         self._notice = notice
@@ -213,6 +216,7 @@ class Platform:
                 self._dram_bytes,
                 platform=self._config,
                 shared_ownership=self._shared_ownership,
+                audit=None if self._audit is None else self._audit.absolute(),
             )
             self._process = stack.enter_context(process)
             self.engine = self._process.client
