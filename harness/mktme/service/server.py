@@ -28,6 +28,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final, TypeVar
 
+from mktme.attest.identity import Identity
 from mktme.datapath import link as ram_link
 from mktme.datapath.inline import InlineDataPath
 from mktme.datapath.kinds import DataPath
@@ -39,6 +40,7 @@ from mktme.engine.errors import MktmeError
 from mktme.engine.firmware import PlatformConfig
 from mktme.engine.xts import PAGE_BYTES
 from mktme.service import limits, wire
+from mktme.service.attestation import look_at
 from mktme.service.audit import AuditLog, Peer
 from mktme.service.custody import Custody
 from mktme.service.drains import Drains, release_link
@@ -90,6 +92,7 @@ class EngineServer:
         audit: where it is recorded what is done.
         peer_uids: user ids whose plugins may link, besides this process's own.
         shared_ownership: whether this process's user may be an owner on the control socket.
+        identity: who signs evidence; None for one that a CA of its own certifies.
     """
 
     def __init__(
@@ -102,12 +105,13 @@ class EngineServer:
         peer_uids: frozenset[int] = frozenset(),
         *,
         shared_ownership: bool = False,
+        identity: Identity | None = None,
     ) -> None:
         self._run_dir = run_dir
         self._audit = audit
         self._drains = Drains(self._announce)
         self._faults = Faults(self._drains, self._announce)
-        self._requests = Requests(dram, config, custody, self._drains, self._announce)
+        self._requests = Requests(dram, config, custody, self._drains, self._announce, identity)
         self._peer_uids = peer_uids | {os.geteuid()}
         self._shared_ownership = shared_ownership
         self._clients: set[_Client] = set()  # those that said Hello
@@ -397,6 +401,7 @@ class EngineServer:
         # It owns the descriptors, also when it fails.
         link = await _aside(lambda: VmLink(hello, descriptors, pid))
         left.callback(link.close)
+        observation, unmeasured = await _aside(lambda: look_at(vm, pid))
         # Had it been linked before, DRAM would hold old memory where this one's is untouched.
         stale = (
             Region(vm.region.base, vm.memory_bytes),
@@ -412,6 +417,7 @@ class EngineServer:
             await self._power_on_nvdimm(vm, hello, link, path)
         connection.send(ram_link.encode_answer())
         vm.link, vm.path, vm.connection = link, path, connection
+        vm.observation, vm.unmeasured, vm.launch = observation, unmeasured, None
         vm.follower = asyncio.current_task()
         return vm
 
