@@ -174,7 +174,7 @@ def create(
         StoreError: the database cannot be made.
     """
     if certificate is not None:
-        _check_pair(*certificate)
+        check_pair(*certificate)
         tls = tuple(one.read_bytes() for one in certificate)
         ca = None
     else:
@@ -239,7 +239,12 @@ def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def _check_pair(certificate: Path, key: Path) -> None:
+def check_pair(certificate: Path, key: Path) -> None:
+    """Check that TLS can be served with a certificate and its key.
+
+    Raises:
+        BrokerSetupError: it cannot.
+    """
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
     except OSError as error:  # ssl.SSLError is one

@@ -29,8 +29,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
 from mktme.broker.audit import AuditLog, Record
-from mktme.broker.directory import BrokerDirectory
-from mktme.broker.errors import BrokerSetupError
+from mktme.broker.directory import BrokerDirectory, check_pair
+from mktme.broker.errors import BrokerError, BrokerSetupError
 from mktme.engine.errors import MktmeError
 
 HEAD_TIMEOUT_S: Final = 10.0
@@ -80,9 +80,12 @@ def serve(settings: Settings, tell: Callable[[str], None]) -> None:
         KeyMaterialError: a key is missing.
         BrokerError: the directory cannot be used, or the addresses not be listened on.
     """
-    with settings.directory.open_store() as store:
-        generation = store.contents().generation
-    # Before prometheus_client is imported, here and in the workers.
+    # What keeps a worker from starting is better known here.
+    check_pair(*settings.directory.tls)
+    broker = settings.directory.open_broker()
+    generation = broker.check()
+    broker.close()
+    # Where the workers' prometheus_client keeps its values.
     with (
         tempfile.TemporaryDirectory(prefix="mktme-broker-") as values,
         AuditLog(settings.directory.audit_log) as audit,
@@ -113,7 +116,10 @@ def serve(settings: Settings, tell: Callable[[str], None]) -> None:
                 ssl_keyfile=key,
                 ssl_context_factory=_tls,
             )
-            Multiprocess(config, [listener]).run()
+            workers = Multiprocess(config, [listener])
+            workers.run()
+            if any(one.exitcode == STARTUP_FAILURE for one in workers.processes):
+                raise BrokerError("a worker does not start", hint="its error is above")
             audit.write(Record(event="stop", outcome="done"))
         finally:
             stop_metrics()
