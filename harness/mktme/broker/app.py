@@ -48,6 +48,7 @@ PROBLEM_TYPE: Final = "application/problem+json"
 
 BODY_MAX_BYTES: Final = 256 << 10
 """Evidence of one VM with 1024 exceptions and two certificates has some 40 KiB."""
+EVIDENCE_MAX_CHARACTERS: Final = 192 << 10
 BODY_TIMEOUT_S: Final = 10.0
 """From a request's head to the last byte of its body."""
 
@@ -80,6 +81,18 @@ class ExtraParams(_Shape):
 
 class AuthRequest(_Shape):
     """Trustee's Request."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "version": PROTOCOL,
+                    "tee": TEE,
+                    "extra-params": {"attestation-policy-selector": "alice/strict"},
+                }
+            ]
+        }
+    )
 
     version: Annotated[str, Field(max_length=32, description="Of the protocol: 0.4.x.")]
     tee: Annotated[str, Field(max_length=32, description=f"{TEE}; the broker knows no other.")]
@@ -120,7 +133,7 @@ class PrimaryEvidence(_Shape):
         str,
         Field(
             pattern=r"^[A-Za-z0-9_-]+$",
-            max_length=BODY_MAX_BYTES,
+            max_length=EVIDENCE_MAX_CHARACTERS,
             description="An EAT (RFC 9711) as CWT, base64url.",
         ),
     ]
