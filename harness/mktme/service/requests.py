@@ -11,6 +11,7 @@ from uuid import UUID
 
 import numpy as np
 
+from mktme.attest.identity import Identity
 from mktme.datapath.inline import InlineDataPath
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
@@ -24,6 +25,7 @@ from mktme.engine.package import Package, PowerEvent
 from mktme.engine.sidecar import sidecar_path, write_sidecar
 from mktme.engine.xts import LINE_BYTES, PAGE_BYTES, Algorithm
 from mktme.service import wire
+from mktme.service.attestation import Attestation
 from mktme.service.captures import Captures
 from mktme.service.custody import Custody
 from mktme.service.drains import Drains, unlink
@@ -40,6 +42,7 @@ class Requests:
         custody: what is told of this process's memory.
         drains: how a VM's writes get into DRAM.
         announce: tells the control clients of an event.
+        identity: who signs evidence; None for one that a CA of its own certifies.
 
     Attributes:
         captures: those of this DRAM.
@@ -52,6 +55,7 @@ class Requests:
         custody: Custody,
         drains: Drains,
         announce: Callable[[wire.Event], None],
+        identity: Identity | None = None,
     ) -> None:
         self.dram = dram
         self.package = Package(dram, config)
@@ -60,6 +64,9 @@ class Requests:
         self._custody = custody
         self._drains = drains
         self._keyids = KeyIds(self.package, self.vms, drains)
+        self._attestation = Attestation(
+            identity or Identity.create(), self.package, self.vms, self._keyids
+        )
         self.captures = Captures(
             dram,
             lambda vms: describe(dram, self.package, vms),
@@ -142,6 +149,18 @@ class Requests:
                         await self._drains.persist(one)
                         await self._before_taken_out(one)
                     self._power(event)
+            case wire.DescribeDomain(vm=uuid, xml=xml):
+                vm = self._vm(uuid)
+                if vm.link is not None:
+                    raise MktmeError(f"VM {vm.name} is linked: its domain is what it is")
+                vm.domain = xml
+            case wire.GetEvidence():
+                return await self._attestation.evidence(request)
+            case wire.GetIdentity():
+                return self._attestation.identity()
+            case wire.ReleaseKey():
+                async with self._keyids.lock:
+                    return await self._attestation.release(request)
         return wire.Done()
 
     def leave(self, client: object) -> None:
