@@ -32,6 +32,7 @@ from mktme.attest.verify import verify
 from mktme.broker import metrics
 from mktme.broker.audit import AuditLog, FailedCheck, Record
 from mktme.broker.errors import DeniedError, StoreError
+from mktme.broker.rates import ClientRates
 from mktme.broker.sessions import (
     Attested,
     BusyError,
@@ -41,6 +42,7 @@ from mktme.broker.sessions import (
     Sessions,
 )
 from mktme.broker.store import NO_REFERENCE, Contents, Row, Rules, Store
+from mktme.engine.secret import scrub
 
 ISSUER: Final = "mktme-broker"
 KEY_ALGORITHM: Final = "ECDH-ES+A256KW"
@@ -48,6 +50,9 @@ KEY_ALGORITHM: Final = "ECDH-ES+A256KW"
 CONTENT_ALGORITHM: Final = "A256GCM"
 DEFAULT_SELECTOR: Final = "default/default"
 """Tenant and policy, if a client names none."""
+
+STRANGERS: Final = (10.0, 100.0)
+"""Requests without a session that are recorded: in a second, and at once; metrics count all."""
 
 _NOBODY: Final = Rules("", "", 0, Policy(name="none"), NO_REFERENCE, Trust(()))
 _JWE: Final = jwe.JWERegistry(algorithms=[KEY_ALGORITHM, CONTENT_ALGORITHM])
@@ -96,6 +101,7 @@ class Broker:
         self._audit = audit
         self._signer = signer
         self._clock = clock
+        self._strangers = ClientRates(*STRANGERS)
 
     def challenge(self, selector: str = DEFAULT_SELECTOR) -> tuple[str, bytes]:
         """Begin a session.
@@ -196,7 +202,12 @@ class Broker:
             failed += _failed("binding", f"it is for {terms.vm}")
         if vm is None or failed:
             self._deny(case, "PolicyDeny", 403, failed)
-        sealed = _encrypt(contents.open(row), vm.recipient_key)
+        secret = contents.open(row)
+        try:
+            sealed = _encrypt(secret, vm.recipient_key)
+        finally:
+            if len(secret) > 1:
+                scrub(secret)
         # Before the answer: what cannot be recorded is not released.
         self._record(case, "done")
         return sealed
@@ -277,7 +288,9 @@ class Broker:
     def _deny(self, case: _Case, kind: str, status: int, failed: tuple[Check, ...]) -> NoReturn:
         for check in failed:
             metrics.FAILED_CHECKS.labels(check.name.partition(":")[0]).inc()
-        self._record(case, kind, failed)
+        # Who has no session needs nobody's leave to ask, and must not fill the disk.
+        if case.session is not None or not self._strangers.take(""):
+            self._record(case, kind, failed)
         raise DeniedError(
             _DETAILS[kind], status=status, kind=kind, checks=tuple(one.name for one in failed)
         )

@@ -26,6 +26,8 @@ from mktme.engine.xts import wipe
 
 MASTER_BYTES: Final = 32
 _NONCE_BYTES: Final = 12
+SEAL_BYTES: Final = _NONCE_BYTES + 16
+"""How much longer what is sealed is than what it was: nonce and tag."""
 
 
 class SealError(Exception):

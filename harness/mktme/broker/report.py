@@ -64,7 +64,7 @@ def describe(contents: Contents) -> BrokerListing:
                 row.version,
                 None if terms is None else terms.policy,
                 None if terms is None else terms.vm,
-                len(contents.open(row)),
+                row.size_bytes,
             )
         )
     return BrokerListing("mktme.broker-list", 1, contents.generation, tuple(rows))

@@ -134,6 +134,8 @@ def _worker(settings: Settings) -> Any:
     # No core, and no other process of this user reads this one's memory.
     _prctl(_PR_SET_DUMPABLE, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     from mktme.broker.app import make_app
     from mktme.broker.rates import ClientRates

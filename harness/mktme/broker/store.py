@@ -39,7 +39,7 @@ from mktme.attest.identity import Trust
 from mktme.attest.policy import Policy
 from mktme.attest.reference import Reference
 from mktme.broker.errors import BrokerSetupError, StoreError
-from mktme.broker.keys import MasterKey, Sealer, SealError
+from mktme.broker.keys import SEAL_BYTES, MasterKey, Sealer, SealError
 
 PERMISSIONS: Final = 0o600
 SECRET_MAX_BYTES: Final = 64 << 10
@@ -102,6 +102,11 @@ class Row:
     def place(self) -> tuple[object, ...]:
         """What it was sealed for."""
         return (self.kind.value, self.tenant, self.name, self.version, self.terms)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of what is sealed in it."""
+        return len(self.sealed) - SEAL_BYTES
 
     @property
     def release(self) -> Terms:
@@ -410,10 +415,7 @@ class Store:
                 hint="put back a copy of that generation, or make the broker anew",
             )
         self._highest = generation
-        contents = Contents(generation, rows, self._sealer)
-        for row in rows.values():
-            contents.open(row)
-        return contents
+        return Contents(generation, rows, self._sealer)
 
 
 def check_path(path: str) -> None:

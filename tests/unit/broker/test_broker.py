@@ -27,10 +27,11 @@ from mktme.attest.claims import (
     PageException,
     RecipientKey,
 )
+from mktme.attest.jwe import open_jwe
 from mktme.broker.broker import Broker
 from mktme.broker.errors import AuditError, DeniedError
 from mktme.broker.sessions import LIFETIME_S
-from mktme.broker.store import Kind, Terms
+from mktme.broker.store import Contents, Kind, Row, Terms
 from mktme.engine.tme import TmeActivate
 from mktme.engine.xts import Algorithm
 
@@ -454,6 +455,42 @@ def test_what_cannot_be_recorded_is_not_released(setting: Setting, broker: Broke
             broker.release(cookie, KEY_PATH, CLIENT)
     finally:
         os.close(full)
+
+
+def test_who_has_no_session_does_not_fill_the_log(setting: Setting, broker: Broker) -> None:
+    before = len(setting.records())
+    for _ in range(200):
+        with pytest.raises(DeniedError):
+            broker.release(None, KEY_PATH, CLIENT)
+    assert 100 <= len(setting.records()) - before < 200
+    cookie = setting.attested(broker)  # whose records are all there
+    assert setting.records()[-1]["event"] == "attest"
+    denied(setting, lambda: broker.release(cookie, "alice/key/none", CLIENT), 404)
+
+
+def test_secret_is_overwritten_once_it_is_encrypted(
+    setting: Setting, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    def watched(contents: Contents, row: Row) -> bytes:
+        opened.append(real(contents, row))
+        return opened[-1]
+
+    real = Contents.open
+    cookie = setting.attested(broker)
+    monkeypatch.setattr(Contents, "open", watched)
+    sealed = broker.release(cookie, KEY_PATH, CLIENT)
+    assert [bytes(one) for one in opened] == [bytes(len(SECRET))]
+    assert setting.opened(sealed) == SECRET
+
+
+def test_engine_opens_what_is_released(setting: Setting, broker: Broker) -> None:
+    """The engine's own code, which reads no more than it has to."""
+    sealed = broker.release(setting.attested(broker), KEY_PATH, CLIENT)
+    answer = json.dumps(sealed).encode()
+    with open_jwe(answer, setting.platform.recipient, len(SECRET)) as secret:
+        assert bytes(secret.view) == SECRET
 
 
 def test_names_in_the_log_deceive_nobody(setting: Setting, broker: Broker) -> None:
