@@ -26,7 +26,9 @@ except ImportError as missing:
     print(f"mktme: libvirt cannot be loaded ({missing})\n  hint: make setup", file=sys.stderr)
     sys.exit(3)  # ExitCode.ENVIRONMENT
 
+from mktme.attest.errors import CertificateError, PolicyError, ReferenceValuesError
 from mktme.broker.errors import BrokerSetupError
+from mktme.cli_attest import ca_app, evidence, reference, verify_evidence
 from mktme.cli_broker import broker_app
 from mktme.cli_dump import dump_app
 from mktme.cli_features import features
@@ -98,6 +100,9 @@ _USAGE_ERRORS: Final = (
     images.UnknownGuestError,
     KeyMaterialError,
     OutputExistsError,
+    CertificateError,
+    PolicyError,
+    ReferenceValuesError,
 )
 _ENVIRONMENT_ERRORS: Final = (
     EnvironmentUnfitError,
@@ -110,7 +115,14 @@ _ENVIRONMENT_ERRORS: Final = (
 # The engine's own errors come over its socket by name.
 _ENGINE_USAGE_ERRORS: Final = {
     one.__name__
-    for one in (KeyMaterialError, KeyIdError, PlatformConfigError, RoleError, OutputExistsError)
+    for one in (
+        KeyMaterialError,
+        KeyIdError,
+        PlatformConfigError,
+        RoleError,
+        OutputExistsError,
+        CertificateError,
+    )
 }
 _ENGINE_ENVIRONMENT_ERRORS: Final = {
     one.__name__ for one in (DramError, DramFullError, FirmwareError, OutputError)
@@ -132,6 +144,10 @@ app.add_typer(broker_app, name="broker")
 app.command()(tamper)
 app.command()(features)
 app.command()(metrics)
+app.add_typer(ca_app, name="ca")
+app.command()(evidence)
+app.command()(reference)
+app.command("verify")(verify_evidence)
 app.command("report")(report_page)
 
 
@@ -151,6 +167,10 @@ DramOption = Annotated[
 AuditOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Append the engine's audit log to this file."),
+]
+CaOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Have evidence certified by this CA (mktme ca create)."),
 ]
 PlatformOption = Annotated[
     Path | None,
@@ -242,6 +262,7 @@ def run(
     platform: PlatformOption = None,
     dram: DramOption = None,
     audit: AuditOption = None,
+    ca: CaOption = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave the guests running until Ctrl-C.")
     ] = False,
@@ -305,6 +326,7 @@ def run(
         emulator=qemu,
         dram=dram,
         audit=audit,
+        ca=ca,
         reference=reference,
         platform=set_up,
         arguments=tuple(map(spelled, sys.argv[1:])),

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
@@ -23,7 +23,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     schema: Literal["mktme.reference"]
     version: Literal[1]
     code: tuple[_Hex, ...]
-    launch: dict[str, tuple[_Hex, ...]]
+    launch: dict[str, tuple[_Hex, ...] | Literal["any"]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +32,41 @@ class Reference:
 
     Attributes:
         code: of engines.
-        launch: of each component that a VM is launched from, by its name.
+        launch: of each component that a VM is launched from, by its name; None where it may be
+            anything, as the seed that tells a guest its own name.
     """
 
     code: frozenset[bytes]
-    launch: Mapping[str, frozenset[bytes]]
+    launch: Mapping[str, frozenset[bytes] | None]
 
     @classmethod
     def of(cls, evidence: Evidence, vm: VmClaims) -> Self:
         """Take a VM and its engine as they are for good."""
         launch = {one.name: frozenset((one.digest,)) for one in vm.launch.components}
         return cls(frozenset((evidence.code,)), launch)
+
+    def also(self, other: Reference) -> Reference:
+        """What either of two has."""
+        launch = dict(self.launch)
+        for name, values in other.launch.items():
+            mine = launch.get(name, frozenset())
+            launch[name] = None if mine is None or values is None else mine | values
+        return Reference(self.code | other.code, launch)
+
+    def accepting_any(self, components: Iterable[str]) -> Reference:
+        """The same, but that some components may be anything.
+
+        Raises:
+            ReferenceValuesError: there is no such component.
+        """
+        launch = dict(self.launch)
+        for name in components:
+            if name not in launch:
+                raise ReferenceValuesError(
+                    f"no component {name!r}", hint=f"there are: {', '.join(launch)}"
+                )
+            launch[name] = None
+        return Reference(self.code, launch)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -74,7 +98,10 @@ class Reference:
             raise ReferenceValuesError(f"no reference values: {text}", hint=_HINT) from error
         return cls(
             frozenset(map(bytes.fromhex, file.code)),
-            {name: frozenset(map(bytes.fromhex, values)) for name, values in file.launch.items()},
+            {
+                name: None if values == "any" else frozenset(map(bytes.fromhex, values))
+                for name, values in file.launch.items()
+            },
         )
 
     def encode(self) -> bytes:
@@ -83,7 +110,10 @@ class Reference:
             schema="mktme.reference",
             version=1,
             code=_hex(self.code),
-            launch={name: _hex(self.launch[name]) for name in sorted(self.launch)},
+            launch={
+                name: "any" if values is None else _hex(values)
+                for name, values in sorted(self.launch.items())
+            },
         )
         return msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n"
 
