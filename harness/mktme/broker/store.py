@@ -433,8 +433,9 @@ def check_path(path: str) -> None:
 
 def _check_plaintext(kind: Kind, plaintext: bytes) -> None:
     most = SECRET_MAX_BYTES if kind is Kind.RESOURCE else DOCUMENT_MAX_BYTES
-    if not 0 < len(plaintext) <= most:
-        raise BrokerSetupError(f"a {kind.value} has 1 to {most:,} bytes")
+    least = 1 if kind is Kind.RESOURCE else 0  # an empty policy.toml is the strictest
+    if not least <= len(plaintext) <= most:
+        raise BrokerSetupError(f"a {kind.value} has {least} to {most:,} bytes")
     decoders: dict[Kind, Callable[[bytes], object]] = {
         Kind.POLICY: Policy.decode,
         Kind.REFERENCE: Reference.decode,
