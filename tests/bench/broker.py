@@ -95,7 +95,7 @@ def measure(directory: Path, clients: int, seconds: float, workers: str) -> int:
     with serving(broker.path, "--workers", workers, "--auth-rate", "10000") as server:
         context = multiprocessing.get_context("spawn")
         barrier = context.Barrier(PROCESSES + 1)
-        results = context.SimpleQueue()
+        results = context.Queue()
         shares = [clients // PROCESSES + (n < clients % PROCESSES) for n in range(PROCESSES)]
         processes = [
             context.Process(
@@ -109,7 +109,7 @@ def measure(directory: Path, clients: int, seconds: float, workers: str) -> int:
             process.start()
         barrier.wait(_DEADLINE_S)  # all are connected, and have done one cycle
         before, started = broker_cpu_s(server), time.monotonic()
-        done = [results.get() for _ in processes]
+        done = [results.get(timeout=seconds + _DEADLINE_S) for _ in processes]
         elapsed_s, broker_s = time.monotonic() - started, broker_cpu_s(server) - before
         for process in processes:
             process.join()
@@ -147,6 +147,10 @@ def report(
         f"processor time       broker {broker_s / len(times) * 1e3:.1f} ms a cycle,"
         f" clients {client_s / len(times) * 1e3:.1f} ms"
     )
+    alone = len(os.sched_getaffinity(0)) * len(times) / (broker_s + client_s)
+    print(
+        f"                     with nothing beside, these CPUs have time for {alone:.0f} a second"
+    )
     print(f"failed               {errors.total()}{dict(errors) if errors else ''}")
     once = all(
         len(of) == cycles and max(of.values()) == 1 for of in sessions.values()
@@ -165,7 +169,7 @@ def run_clients(
     seconds: float,
     key: bytes,
     barrier: Barrier,
-    results: multiprocessing.SimpleQueue[Done],
+    results: multiprocessing.Queue[Done],
 ) -> None:
     """In a process: so many clients, each in a thread."""
     identity = Identity.create(directory / "ca")
