@@ -25,6 +25,9 @@ _MODULES: Final = {
     "sidecar": "files",
     "key-file": "files",
     "sizes": "sizes",
+    "token": "evidence",
+    "claims": "evidence",
+    "jwe": "evidence",
     CONTROL: "control",
 }
 
