@@ -499,8 +499,7 @@ def test_stop_leaves_nothing(directory: BrokerDirectory, number: signal.Signals)
     with serving(directory.path, "--workers", "2") as server:
         with server.client() as client, pytest.raises(DeniedError):
             client.resource(KEY_PATH)
-        (worker, *_) = server.workers()
-        mapped = Path(f"/proc/{worker}/maps").read_text()
+        mapped = "".join(Path(f"/proc/{one}/maps").read_text() for one in server.workers())
         (values,) = {Path(one).parent for one in re.findall(r"\S+/mktme-broker-\S+", mapped)}
         assert values.is_dir()
         with outlived(server.processes()):
