@@ -6,6 +6,7 @@
     DIR/broker.db               policies, reference values, trust, resources: sealed
     DIR/sessions-BOOT.db        cookies that were used, since the machine booted
     DIR/audit.jsonl             who got what
+    DIR/metrics-*/              of a broker that runs, or was killed
     DIR/keys/                   may be a link to another place (mktme broker init --keys)
         master.key              32 bytes
         generation              of broker.db, the last one

@@ -87,7 +87,7 @@ def serve(settings: Settings, tell: Callable[[str], None]) -> None:
     broker.close()
     # Where the workers' prometheus_client keeps its values.
     with (
-        tempfile.TemporaryDirectory(prefix="mktme-broker-") as values,
+        tempfile.TemporaryDirectory(prefix="metrics-", dir=settings.directory.path) as values,
         AuditLog(settings.directory.audit_log) as audit,
         _listener(*settings.listen) as listener,
     ):

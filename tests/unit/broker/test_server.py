@@ -500,7 +500,7 @@ def test_stop_leaves_nothing(directory: BrokerDirectory, number: signal.Signals)
         with server.client() as client, pytest.raises(DeniedError):
             client.resource(KEY_PATH)
         mapped = "".join(Path(f"/proc/{one}/maps").read_text() for one in server.workers())
-        (values,) = {Path(one).parent for one in re.findall(r"\S+/mktme-broker-\S+", mapped)}
+        (values,) = {Path(one).parent for one in re.findall(r"\S+/metrics-\S+", mapped)}
         assert values.is_dir()
         with outlived(server.processes()):
             assert server.stop(number) == 0
