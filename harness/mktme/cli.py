@@ -27,7 +27,9 @@ except ImportError as missing:
     sys.exit(3)  # ExitCode.ENVIRONMENT
 
 from mktme.attest.errors import CertificateError, PolicyError, ReferenceValuesError
+from mktme.broker.errors import BrokerSetupError
 from mktme.cli_attest import ca_app, evidence, reference, verify_evidence
+from mktme.cli_broker import broker_app
 from mktme.cli_dump import dump_app
 from mktme.cli_features import features
 from mktme.cli_keyid import keyid_app
@@ -94,6 +96,7 @@ from mktme.vm.ssh import read_public_key
 
 _USAGE_ERRORS: Final = (
     UsageError,
+    BrokerSetupError,
     PlatformConfigError,
     ReportError,
     images.UnknownGuestError,
@@ -139,6 +142,7 @@ app = typer.Typer(
 app.add_typer(platform_app, name="platform")
 app.add_typer(keyid_app, name="keyid")
 app.add_typer(dump_app, name="dump")
+app.add_typer(broker_app, name="broker")
 app.command()(tamper)
 app.command()(features)
 app.command()(metrics)

@@ -50,6 +50,15 @@ The whole tree, outer layers included (each layer defines its own branch)::
     │   ├── ReferenceValuesError    reference values that cannot be read
     │   ├── JweError                a JWE that cannot be opened
     │   └── RefusedError            mktme.attest.result: evidence that is not affirmed
+    ├── BrokerError                 mktme.broker.errors: root of the next eight
+    │   ├── BrokerSetupError        what an administrator asked for makes no sense
+    │   ├── StoreError              a store that is not as the broker left it
+    │   ├── AuditError              a decision that cannot be recorded
+    │   ├── DeniedError             a client does not get what it asked for
+    │   ├── BrokerGoneError         it cannot be reached
+    │   ├── SessionError            mktme.broker.sessions: a cookie that is none, or expired
+    │   │   └── ReplayError         a nonce that served already
+    │   └── BusyError               mktme.broker.sessions: as many as there may be
     ├── PatternError                mktme.dump.patterns: what cannot be searched for
     └── DumpError                   mktme.dump.image: an image that is not what it is said to be
         ├── DumpChangedError        it was written while it was read

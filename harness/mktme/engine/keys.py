@@ -348,7 +348,7 @@ def read_key_file(path: Path, algorithm: Algorithm) -> bytearray:
     # One byte more than is allowed, to tell a longer file from the longest good one.
     buffer = bytearray(_KEY_FILE_MAX_BYTES + 1)
     try:
-        text = memoryview(buffer)[: _read_private_file(path, buffer)]
+        text = memoryview(buffer)[: read_private_file(path, buffer)]
         if len(text) <= _KEY_FILE_MAX_BYTES:
             # Text that happens to be as long as the raw key would be is a shorter key in
             # hexadecimal: random bytes look like that with probability (22/256)^32.
@@ -366,8 +366,19 @@ def read_key_file(path: Path, algorithm: Algorithm) -> bytearray:
     )
 
 
-def _read_private_file(path: Path, buffer: bytearray) -> int:
-    """Fill ``buffer`` from a file that only its owner can access; return the bytes read."""
+def read_private_file(path: Path, buffer: bytearray) -> int:
+    """Fill a buffer from a file that only its owner can access.
+
+    Args:
+        path: a regular file, not a symbolic link.
+        buffer: for its contents; of a longer file it gets the beginning.
+
+    Returns:
+        How many bytes were read.
+
+    Raises:
+        KeyMaterialError: it cannot be read, or others have access to it.
+    """
     try:
         # O_NONBLOCK: opening a FIFO must not wait for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from mktme.broker.report import BrokerListing
 from mktme.dump.capture import CaptureReport
 from mktme.dump.decrypt import DecryptReport
 from mktme.dump.diff import DiffReport
@@ -46,6 +47,7 @@ DOCUMENTS: Final[dict[str, type]] = {
     "dump-capture-1.json": CaptureReport,
     "dump-info-1.json": InfoReport,
     "dump-decrypt-1.json": DecryptReport,
+    "broker-list-1.json": BrokerListing,
 }
 
 
