@@ -1,2 +1,1 @@
-# SPDX-License-Identifier: GPL-2.0-or-later
-"""Evidence of what runs on a platform, and its appraisal, offline."""
+"""Evidence that a VM runs protected, and its appraisal; offline, and with no key of a VM's."""

@@ -39,6 +39,14 @@ The whole tree, outer layers included (each layer defines its own branch)::
     │   └── GuestCommandError       a command in it failed
     ├── GuestRamError               mktme.proof.guest_ram: RAM that cannot be read
     ├── KeySearchError              mktme.proof.custody: what cannot be searched for keys
+    ├── AttestationError            mktme.attest.errors: root of the next seven
+    │   ├── TokenError              what is no evidence
+    │   ├── CertificateError        a certificate, chain or CA that cannot be used
+    │   ├── MeasurementError        a launch that cannot be measured
+    │   ├── PolicyError             a policy that cannot be appraised
+    │   ├── ReferenceValuesError    reference values that cannot be read
+    │   ├── JweError                a JWE that cannot be opened
+    │   └── RefusedError            mktme.attest.result: evidence that is not affirmed
     ├── PatternError                mktme.dump.patterns: what cannot be searched for
     └── DumpError                   mktme.dump.image: an image that is not what it is said to be
         ├── DumpChangedError        it was written while it was read

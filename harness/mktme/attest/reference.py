@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Reference values: the digests that evidence may have; `reference.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final, Literal, Self
+
+import msgspec
+
+from mktme.attest.claims import Evidence, VmClaims
+from mktme.attest.errors import ReferenceValuesError
+
+_MAX_BYTES: Final = 1 << 20
+_HINT: Final = "mktme reference EVIDENCE -o reference.json makes such a file"
+
+_Hex = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    schema: Literal["mktme.reference"]
+    version: Literal[1]
+    code: tuple[_Hex, ...]
+    launch: dict[str, tuple[_Hex, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Known good digests, SHA-256.
+
+    Attributes:
+        code: of engines.
+        launch: of each component that a VM is launched from, by its name.
+    """
+
+    code: frozenset[bytes]
+    launch: Mapping[str, frozenset[bytes]]
+
+    @classmethod
+    def of(cls, evidence: Evidence, vm: VmClaims) -> Self:
+        """Take a VM and its engine as they are for good."""
+        launch = {one.name: frozenset((one.digest,)) for one in vm.launch.components}
+        return cls(frozenset((evidence.code,)), launch)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a file.
+
+        Raises:
+            ReferenceValuesError: it cannot be read, or has no such values.
+        """
+        try:
+            with path.open("rb") as file:
+                data = file.read(_MAX_BYTES + 1)
+        except OSError as error:
+            raise ReferenceValuesError(f"{path}: {error.strerror}", hint=_HINT) from error
+        if len(data) > _MAX_BYTES:
+            raise ReferenceValuesError(f"{path} is longer than {_MAX_BYTES} bytes", hint=_HINT)
+        return cls.decode(data)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """What a file's contents say.
+
+        Raises:
+            ReferenceValuesError: they are no reference values.
+        """
+        try:
+            file = msgspec.json.decode(data, type=_File)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            text = str(error) if str(error).isprintable() else "not JSON"
+            raise ReferenceValuesError(f"no reference values: {text}", hint=_HINT) from error
+        return cls(
+            frozenset(map(bytes.fromhex, file.code)),
+            {name: frozenset(map(bytes.fromhex, values)) for name, values in file.launch.items()},
+        )
+
+    def encode(self) -> bytes:
+        """As a file has it: JSON of UTF-8, a line for each digest."""
+        file = _File(
+            schema="mktme.reference",
+            version=1,
+            code=_hex(self.code),
+            launch={name: _hex(self.launch[name]) for name in sorted(self.launch)},
+        )
+        return msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n"
+
+
+def _hex(digests: frozenset[bytes]) -> tuple[str, ...]:
+    return tuple(sorted(one.hex() for one in digests))
