@@ -159,6 +159,9 @@ def run(
     ] = None,
     machine: Annotated[Machine, typer.Option(help="The guest's chipset.")] = Machine.Q35,
     firmware: Annotated[Firmware, typer.Option(help="What boots a guest's disk.")] = Firmware.BIOS,
+    vtpm: Annotated[
+        bool, typer.Option("--vtpm", help="Give guests a TPM 2.0; firmware must be uefi.")
+    ] = False,
     ssh_port: Annotated[
         int | None,
         typer.Option(
@@ -282,7 +285,7 @@ def run(
         mode=mode,
         key_file=key_file,
         pages=ranges,
-        hardware=Hardware(machine, firmware),
+        hardware=Hardware(machine, firmware, vtpm=vtpm),
         ssh_port=ssh_port,
         authorized_keys=() if ssh_key is None else (read_public_key(ssh_key),),
         boot_timeout_s=boot_timeout,

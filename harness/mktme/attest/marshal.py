@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from mktme.engine.errors import MktmeError
+from mktme.attest.errors import AttestationError
 
 SHA256: Final = 0x000B
 """TPM_ALG_SHA256 (TCG Algorithm Registry): of names, PCRs, signatures, the only one there is."""
 ALG_NULL: Final = 0x0010
 
 
-class TpmFormatError(MktmeError):
+class TpmFormatError(AttestationError):
     """What is no such structure, or one of a kind that is not supported."""
 
 

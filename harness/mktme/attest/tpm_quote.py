@@ -32,10 +32,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
+from mktme.attest.errors import AttestationError
 from mktme.attest.event_log import LOG_MAX_BYTES, PCRS, Event, EventKind, EventLog
 from mktme.attest.marshal import SHA256, Reader, TpmFormatError
 from mktme.attest.tpm_keys import PublicKey, TpmKey
-from mktme.engine.errors import MktmeError
 
 QUOTED_PCRS: Final = tuple(range(10))
 """What firmware, boot loader and kernel extend (PCRs 0 to 7, and 8 and 9 by convention)."""
@@ -49,7 +49,7 @@ _NAME_MAX_BYTES: Final = 68
 _BOOT_LOADER, _COMMANDS, _FILES = 4, 8, 9
 
 
-class QuoteError(MktmeError):
+class QuoteError(AttestationError):
     """A quote that is not to be believed.
 
     Attributes:
@@ -91,7 +91,7 @@ class TpmQuote(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             with path.open("rb") as file:
                 data = file.read(QUOTE_MAX_BYTES + 1)
         except OSError as error:
-            raise QuoteError("quote", f"{path}: {error.strerror}") from error
+            raise QuoteError("vtpm:quote", f"{path}: {error.strerror}") from error
         return cls.decode(data)
 
     @classmethod
@@ -102,11 +102,11 @@ class TpmQuote(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             QuoteError: it is none.
         """
         if len(data) > QUOTE_MAX_BYTES:
-            raise QuoteError("quote", f"more than {QUOTE_MAX_BYTES} bytes are no quote")
+            raise QuoteError("vtpm:quote", f"more than {QUOTE_MAX_BYTES} bytes are no quote")
         try:
             return msgspec.json.decode(data, type=cls)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise QuoteError("quote", "it is no document of the schema mktme.quote") from error
+            raise QuoteError("vtpm:quote", "it is no document of the schema mktme.quote") from error
 
     def save(self, path: Path) -> None:
         """Write it to a file."""
@@ -212,29 +212,31 @@ def verify_quote(
     """
     endorsement, attestation = _keys(quote)
     if vtpm is None:
-        raise QuoteError("vtpm-key", "the evidence says of no vTPM")
+        raise QuoteError("vtpm:key", "the evidence says of no vTPM")
     if not hmac.compare_digest(endorsement.sha256, vtpm):
-        raise QuoteError("vtpm-key", "the endorsement key is not the one of the VM's vTPM")
+        raise QuoteError("vtpm:key", "the endorsement key is not the one of the VM's vTPM")
     _verify_signature(attestation.key, quote.message, quote.signature)
     try:
         attested = Attested.parse(quote.message)
     except TpmFormatError as error:
-        raise QuoteError("quote", str(error)) from error
+        raise QuoteError("vtpm:quote", str(error)) from error
     if not hmac.compare_digest(attested.qualifying, nonce):
-        raise QuoteError("vtpm-nonce", "the quote is no answer to this challenge")
+        raise QuoteError("vtpm:nonce", "the quote is no answer to this challenge")
     if attested.pcrs != QUOTED_PCRS:
-        raise QuoteError("pcrs", f"it is to be of PCRs 0 to {QUOTED_PCRS[-1]}, and of no others")
+        raise QuoteError(
+            "vtpm:pcrs", f"it is to be of PCRs 0 to {QUOTED_PCRS[-1]}, and of no others"
+        )
     try:
         log = EventLog.parse(quote.event_log)
     except TpmFormatError as error:
-        raise QuoteError("event-log", str(error)) from error
+        raise QuoteError("vtpm:log", str(error)) from error
     values = log.replay()
     pcrs = {pcr: values[pcr] for pcr in QUOTED_PCRS}
     if hashlib.sha256(b"".join(pcrs.values())).digest() != attested.pcr_digest:
-        raise QuoteError("event-log", "the event log does not lead to what the PCRs are")
+        raise QuoteError("vtpm:log", "the event log does not lead to what the PCRs are")
     for pcr, expected in (reference or {}).items():
         if pcrs.get(pcr) != expected:
-            raise QuoteError(f"pcr:{pcr}", f"PCR {pcr} is not what the reference has")
+            raise QuoteError(f"vtpm:pcr-{pcr}", f"PCR {pcr} is not what the reference has")
     return MeasuredBoot(pcrs, log, attested.resets)
 
 
@@ -253,7 +255,7 @@ def _keys(quote: TpmQuote) -> tuple[TpmKey, TpmKey]:
     try:
         return quoted_keys(quote.endorsement_key, quote.attestation_key)
     except TpmFormatError as error:
-        raise QuoteError("vtpm-key", str(error)) from error
+        raise QuoteError("vtpm:key", str(error)) from error
 
 
 def _verify_signature(key: PublicKey, message: bytes, signature: bytes) -> None:
@@ -274,4 +276,4 @@ def _verify_signature(key: PublicKey, message: bytes, signature: bytes) -> None:
         else:
             raise reader.wrong("is not one of its key")
     except (InvalidSignature, TpmFormatError) as error:
-        raise QuoteError("vtpm-signature", "the attestation key did not sign this") from error
+        raise QuoteError("vtpm:signature", "the attestation key did not sign this") from error

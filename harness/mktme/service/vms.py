@@ -35,6 +35,7 @@ from mktme.engine.sidecar import (
 )
 from mktme.engine.xts import LINE_BYTES, PAGE_BYTES
 from mktme.service import wire
+from mktme.service.vtpm import Vtpm
 
 AnyDataPath: TypeAlias = ShadowDataPath | InlineDataPath
 
@@ -58,6 +59,7 @@ class Vm:
     policy: Policy = Policy.TWO_QUEUES
     nvdimm: Nvdimm | None = None
     dimm_bytes: int = 0
+    vtpm: Vtpm | None = None
     further_keyids: list[int] = field(default_factory=list)
     link: VmLink | None = None
     path: AnyDataPath | None = None

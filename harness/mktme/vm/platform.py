@@ -319,6 +319,9 @@ class Platform:
                     assign_pages(self.engine, one, pages, offset, config.algorithm)
                 vm_fields = {"keyid": added.keyid, "base": added.base}
                 plugin = self._plugin_argument(one, config)
+            vtpm = None
+            if config.hardware.vtpm:
+                vtpm = Path(self.engine.add_vtpm(one).socket)
             boot_disk = None
             if isinstance(config.image, DiskImage):
                 boot_disk = stack.enter_context(self._boot_disk(one, config.image, config))
@@ -337,6 +340,7 @@ class Platform:
                 hardware=config.hardware,
                 nvdimm_bytes=config.nvdimm_bytes,
                 dimms=config.dimms,
+                vtpm=vtpm,
             )
             transcript = self.run_dir / f"{unique}.log"
             why = functools.partial(self._why_lost, one)

@@ -105,13 +105,13 @@ def test_the_key_is_the_one_that_the_tpm_says(tpm: SoftTpm, taken: tuple[TpmQuot
 
 def test_wrong_nonce(taken: tuple[TpmQuote, bytes]) -> None:
     quote, _ = taken
-    assert refused(quote, bytes(32), ek_of(quote)) == "vtpm-nonce"
+    assert refused(quote, bytes(32), ek_of(quote)) == "vtpm:nonce"
 
 
 def test_quote_of_before(tpm: SoftTpm, taken: tuple[TpmQuote, bytes]) -> None:
     quote, _ = taken
     _, nonce = quote_of(tpm)
-    assert refused(quote, nonce, ek_of(quote)) == "vtpm-nonce"
+    assert refused(quote, nonce, ek_of(quote)) == "vtpm:nonce"
 
 
 def test_another_tpm(other_tpm: SoftTpm, taken: tuple[TpmQuote, bytes]) -> None:
@@ -119,9 +119,9 @@ def test_another_tpm(other_tpm: SoftTpm, taken: tuple[TpmQuote, bytes]) -> None:
     ek = other_tpm.run("tpm2_readpublic -c 0x81010001 -o ek >/dev/null; base64 -w 0 ek", 20)
     others = replaced(quote, endorsement_key=msgspec.convert(ek.output, bytes))
     assert ek_of(others) != ek_of(quote)
-    assert refused(quote, nonce, ek_of(others)) == "vtpm-key"
-    assert refused(others, nonce, ek_of(quote)) == "vtpm-key"
-    assert refused(quote, nonce, None) == "vtpm-key"
+    assert refused(quote, nonce, ek_of(others)) == "vtpm:key"
+    assert refused(others, nonce, ek_of(quote)) == "vtpm:key"
+    assert refused(quote, nonce, None) == "vtpm:key"
 
 
 def test_tpm_that_has_the_attestation_key_alone_cannot_answer(
@@ -158,7 +158,7 @@ def test_any_flipped_bit_is_noticed(taken: tuple[TpmQuote, bytes], field: str) -
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
         check = refused(replaced(quote, **{field: bytes(changed)}), nonce, ek_of(quote))
-        assert check == "vtpm-signature"
+        assert check == "vtpm:signature"
 
 
 def test_key_that_did_not_sign(tpm: SoftTpm, taken: tuple[TpmQuote, bytes]) -> None:
@@ -166,7 +166,7 @@ def test_key_that_did_not_sign(tpm: SoftTpm, taken: tuple[TpmQuote, bytes]) -> N
     other, _ = quote_of(tpm)
     assert other.attestation_key != quote.attestation_key
     mixed = replaced(quote, attestation_key=other.attestation_key)
-    assert refused(mixed, nonce, ek_of(quote)) == "vtpm-signature"
+    assert refused(mixed, nonce, ek_of(quote)) == "vtpm:signature"
 
 
 def test_log_that_is_another(taken: tuple[TpmQuote, bytes]) -> None:
@@ -179,15 +179,15 @@ def test_log_that_is_another(taken: tuple[TpmQuote, bytes]) -> None:
         (*BOOT[:1], BOOT[2], BOOT[1], *BOOT[3:]),
     ):
         changed = replaced(quote, event_log=encode_log(events))
-        assert refused(changed, nonce, ek_of(quote)) == "event-log"
-    assert refused(replaced(quote, event_log=b"log"), nonce, ek_of(quote)) == "event-log"
+        assert refused(changed, nonce, ek_of(quote)) == "vtpm:log"
+    assert refused(replaced(quote, event_log=b"log"), nonce, ek_of(quote)) == "vtpm:log"
 
 
 def test_reference_that_is_not_met(taken: tuple[TpmQuote, bytes]) -> None:
     quote, nonce = taken
-    assert refused(quote, nonce, ek_of(quote), reference={4: bytes(32)}) == "pcr:4"
+    assert refused(quote, nonce, ek_of(quote), reference={4: bytes(32)}) == "vtpm:pcr-4"
     # A PCR that is not quoted cannot be vouched for.
-    assert refused(quote, nonce, ek_of(quote), reference={11: bytes(32)}) == "pcr:11"
+    assert refused(quote, nonce, ek_of(quote), reference={11: bytes(32)}) == "vtpm:pcr-11"
 
 
 @pytest.mark.parametrize("selection", ["sha256:0,1,2,3", "sha256:16", "sha256:all"])
@@ -201,7 +201,7 @@ def test_quote_of_other_pcrs(tpm: SoftTpm, taken: tuple[TpmQuote, bytes], select
     )
     names = {"attestation_key": "ak.pub", "message": "other.m", "signature": "other.s"}
     files = {field: (tpm.directory / name).read_bytes() for field, name in names.items()}
-    assert refused(replaced(quote, **files), b"\0", ek_of(quote)) == "pcrs"
+    assert refused(replaced(quote, **files), b"\0", ek_of(quote)) == "vtpm:pcrs"
 
 
 @pytest.mark.parametrize("restricted", [True, False])
@@ -215,7 +215,8 @@ def test_rsa_and_a_key_that_signs_anything(tpm: SoftTpm, restricted: bool) -> No
     }[restricted]
     pcrs = ",".join(map(str, QUOTED_PCRS))
     tpm.run(
-        f"{make} && tpm2_quote -c k.ctx -l sha256:{pcrs} -g sha256 -q 0102 -m k.m -s k.s"
+        f"{make} && tpm2_flushcontext -t"
+        f" && tpm2_quote -c k.ctx -l sha256:{pcrs} -g sha256 -q 0102 -m k.m -s k.s"
         " && tpm2_readpublic -c 0x81010001 -o k.ek",
         20,
     )
@@ -227,7 +228,7 @@ def test_rsa_and_a_key_that_signs_anything(tpm: SoftTpm, restricted: bool) -> No
     if restricted:
         assert verify_quote(quote, vtpm=ek_of(quote), nonce=b"\1\2").pcrs
     else:
-        assert refused(quote, b"\1\2", ek_of(quote)) == "vtpm-key"
+        assert refused(quote, b"\1\2", ek_of(quote)) == "vtpm:key"
 
 
 def test_document(taken: tuple[TpmQuote, bytes], tmp_path: Path) -> None:
@@ -294,7 +295,7 @@ def test_keys_that_are_none(taken: tuple[TpmQuote, bytes]) -> None:
     for bad in (b"", public[:-1], public + b"\0", off_curve, name_hash, quote.message):
         with pytest.raises(TpmFormatError):
             TpmKey.parse(bad)
-        assert refused(replaced(quote, attestation_key=bad), nonce, ek_of(quote)) == "vtpm-key"
+        assert refused(replaced(quote, attestation_key=bad), nonce, ek_of(quote)) == "vtpm:key"
     with pytest.raises(TpmFormatError, match="no attestation key"):
         make_credential(TpmKey.parse(quote.endorsement_key), TpmKey.parse(quote.endorsement_key))
     with pytest.raises(TpmFormatError, match="usual template"):
