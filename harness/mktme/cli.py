@@ -29,6 +29,7 @@ except ImportError as missing:
 from mktme.cli_dump import dump_app
 from mktme.cli_features import features
 from mktme.cli_keyid import keyid_app
+from mktme.cli_metrics import metrics
 from mktme.cli_narration import narrate
 from mktme.cli_options import (
     ConnectOption,
@@ -126,6 +127,7 @@ app.add_typer(keyid_app, name="keyid")
 app.add_typer(dump_app, name="dump")
 app.command()(tamper)
 app.command()(features)
+app.command()(metrics)
 app.command("report")(report_page)
 
 
@@ -141,6 +143,10 @@ TrackOption = Annotated[
 DramOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Keep the DRAM image here, its description beside it."),
+]
+AuditOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Append the engine's audit log to this file."),
 ]
 PlatformOption = Annotated[
     Path | None,
@@ -234,6 +240,7 @@ def run(
     ] = None,
     platform: PlatformOption = None,
     dram: DramOption = None,
+    audit: AuditOption = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave the guests running until Ctrl-C.")
     ] = False,
@@ -256,7 +263,7 @@ def run(
         mode = KeyMode.NO_ENCRYPT
     module = None if nvdimm is None else parse_nvdimm(nvdimm)
     in_module = None if module is None else module.path
-    page = Page(json, html, dram, disk_image, ssh_key, key_file, platform, in_module)
+    page = Page(json, html, dram, disk_image, ssh_key, key_file, platform, in_module, audit)
     qemu = None if emulator is None else emulator_path(emulator)
     memory_bytes = guest_memory(memory, vcpus)
     window_bytes = None if window is None else parse_window(window, memory_bytes)
@@ -296,6 +303,7 @@ def run(
         connect=connect,
         emulator=qemu,
         dram=dram,
+        audit=audit,
         reference=reference,
         platform=set_up,
         arguments=tuple(map(spelled, sys.argv[1:])),

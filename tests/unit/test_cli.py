@@ -130,7 +130,7 @@ def test_every_option_arrives(mktme: Mktme, asked: Asked, tmp_path: Path) -> Non
     )
     assert asked.guests == 2
     assert asked.options == RunOptions(
-        "qemu:///system", tmp_path / "dram.img", False, arguments=arguments
+        "qemu:///system", tmp_path / "dram.img", reference=False, arguments=arguments
     )
 
 

@@ -103,7 +103,7 @@ class Package:
         keyid: int,
         command: Command,
         algorithm: Algorithm,
-        key: bytearray | None = None,
+        key: bytearray | memoryview | None = None,
     ) -> None:
         """Program a KeyID by way of PCONFIG; arguments as for `mktme.engine.pconfig.encode`.
 

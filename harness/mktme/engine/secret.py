@@ -118,6 +118,20 @@ def allocate(size_bytes: int) -> SecretBuffer:
     return SecretBuffer(_own_arena(), size_bytes)
 
 
+def scrub(secret: bytes) -> None:
+    """Overwrite a secret that a library gave as an object that cannot be written to.
+
+    For what pyca returns and has no other way to return. The object still exists, with zeros in
+    it, so nobody may use it any more; what the library itself copied is not reached.
+
+    Args:
+        secret: at least 2 bytes: CPython has each shorter object once for all its users.
+    """
+    if len(secret) < 2:
+        raise ValueError("an object of less than 2 bytes is not ours alone")
+    ctypes.memset(ctypes.cast(ctypes.c_char_p(secret), ctypes.c_void_p), 0, len(secret))
+
+
 def key_memory() -> KeyMemory:
     """What kind of memory this process got for secrets: of all of it, the worst.
 

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import msgspec
 
+from mktme.attest.identity import Identity
 from mktme.engine.dram import Dram
 from mktme.engine.errors import MktmeError
 from mktme.engine.firmware import PlatformConfig
 from mktme.service import wire
+from mktme.service.audit import AUDIT_FILE, AuditLog
 from mktme.service.custody import harden
 from mktme.service.server import EngineServer
 
@@ -27,6 +29,8 @@ def main() -> int:
     parser.add_argument("--dram", type=Path, required=True, help="the DRAM image to create")
     parser.add_argument("--dram-bytes", type=int, required=True)
     parser.add_argument("--platform", default="{}", help="what firmware sets up: JSON")
+    parser.add_argument("--audit", type=Path, help="audit log; none: in the private directory")
+    parser.add_argument("--ca", type=Path, help="platform CA's directory; none: one of its own")
     parser.add_argument("--owner-fd", type=int, required=True, help="inherited socket of the owner")
     parser.add_argument("--peer-uid", type=int, action="append", default=[])
     parser.add_argument("--shared-ownership", action="store_true")
@@ -37,14 +41,20 @@ def main() -> int:
     owner = socket.socket(fileno=arguments.owner_fd)
     try:
         custody = harden()
-        with Dram.create(arguments.dram, arguments.dram_bytes) as dram:
+        identity = Identity.create(arguments.ca)
+        with (
+            AuditLog(arguments.audit or arguments.run_dir / AUDIT_FILE) as audit,
+            Dram.create(arguments.dram, arguments.dram_bytes) as dram,
+        ):
             server = EngineServer(
                 arguments.run_dir,
                 dram,
                 msgspec.json.decode(arguments.platform, type=PlatformConfig),
                 custody,
+                audit,
                 frozenset(arguments.peer_uid),
                 shared_ownership=arguments.shared_ownership,
+                identity=identity,
             )
             asyncio.run(server.serve(owner))
     except (MktmeError, OSError, ValueError) as error:

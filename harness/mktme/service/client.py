@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from mktme.attest.claims import REPORT_DATA_BYTES
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
 from mktme.datapath.window import Policy
@@ -307,6 +308,38 @@ class EngineClient:
         request = wire.DecryptLines(keyid=keyid, address=address, data=data, entries=entries)
         return self._call(request, wire.Decrypted)
 
+    def describe_domain(self, vm: UUID, xml: str) -> None:
+        """Tell what libvirt was told of a VM, before its QEMU links."""
+        self._call(wire.DescribeDomain(vm=vm, xml=xml), wire.Done)
+
+    def evidence(
+        self, nonce: bytes, vm: UUID | None = None, report_data: bytes | None = None
+    ) -> bytes:
+        """Signed evidence of a VM, None for all of them; see `wire.GetEvidence`.
+
+        The first time, the files that it was launched from are hashed.
+
+        Args:
+            nonce: 8 to 64 bytes that were never used before.
+            vm: which.
+            report_data: 64 bytes to be signed with it, None for zeros.
+        """
+        request = wire.GetEvidence(
+            nonce=nonce,
+            vm=vm,
+            report_data=bytes(REPORT_DATA_BYTES) if report_data is None else report_data,
+        )
+        return self._call(request, wire.Evidence, FLUSH_TIMEOUT_S).token
+
+    def identity(self) -> wire.Identity:
+        """Who signs evidence."""
+        return self._call(wire.GetIdentity(), wire.Identity)
+
+    def release_key(self, vm: UUID, jwe: bytes) -> int:
+        """Hand on a key that a broker released; returns the VM's new KeyID."""
+        request = wire.ReleaseKey(vm=vm, jwe=jwe)
+        return self._call(request, wire.KeyProgrammed, FLUSH_TIMEOUT_S).keyid
+
     def give_up(self, why: str) -> None:
         """As `close`, of an engine that does not answer: whoever asks it is told why; any thread.
 
@@ -418,6 +451,8 @@ class EngineProcess:
         platform: what firmware sets up; its own size of DRAM is not looked at.
         peer_uids: further users whose plugins may link (QEMU's, if it is another).
         shared_ownership: let every process of this user be an owner, on the control socket.
+        audit: where to keep the audit log; None for a file in `run_dir`.
+        ca: directory of the platform CA that certifies the engine; None for one of its own.
     """
 
     def __init__(
@@ -427,6 +462,8 @@ class EngineProcess:
         dram_bytes: int,
         *,
         platform: PlatformConfig | None = None,
+        audit: Path | None = None,
+        ca: Path | None = None,
         peer_uids: tuple[int, ...] = (),
         shared_ownership: bool = False,
     ) -> None:
@@ -441,6 +478,8 @@ class EngineProcess:
             f"--platform={msgspec.json.encode(platform or PlatformConfig()).decode()}",
             *(f"--peer-uid={uid}" for uid in peer_uids),
             *(["--shared-ownership"] if shared_ownership else []),
+            *([] if audit is None else [f"--audit={audit}"]),
+            *([] if ca is None else [f"--ca={ca}"]),
         ]
 
     def __enter__(self) -> Self:

@@ -84,6 +84,13 @@ def harden() -> Custody:
     return custody
 
 
+def is_exposed() -> bool:
+    """Whether another process may read this one's memory now, or does (a tracer)."""
+    status = Path("/proc/self/status").read_text()
+    tracer = next(line for line in status.splitlines() if line.startswith("TracerPid:"))
+    return _prctl(_PR_GET_DUMPABLE) != 0 or tracer.split()[1] != "0"
+
+
 def _lock_memory() -> None:
     """Lock all memory, mapped later too, if no limit binds this process.
 

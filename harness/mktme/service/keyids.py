@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID
 
+from mktme.attest.claims import KeySource
 from mktme.datapath.shadow import ShadowDataPath
 from mktme.engine import pconfig
 from mktme.engine.controller import BATCH_PAGES
@@ -45,6 +46,7 @@ class KeyIds:
         self._package = package
         self._vms = vms
         self._drains = drains
+        self._released: set[int] = set()  # programmed with a key that a broker gave
         self.lock = asyncio.Lock()
         """Held while KeyIDs or pages change hands."""
 
@@ -83,6 +85,7 @@ class KeyIds:
         finally:
             if key is not None:
                 wipe(key)
+        self._released.discard(keyid)
         self._disown(keyid)
         if owner is not None:
             owner.further_keyids.append(keyid)
@@ -99,6 +102,15 @@ class KeyIds:
             raise KeyIdError(f"KeyID {keyid} has no key of its own", keyid=keyid)
         self._clear(keyid)
         self._disown(keyid)
+
+    def source(self, keyid: int) -> KeySource:
+        """Where a KeyID's key comes from, as the key table has it now."""
+        for one in self._package.keys.describe():
+            if one.keyid == keyid and one.mode is KeyMode.RANDOM:
+                return KeySource.RANDOM
+            if one.keyid == keyid and one.mode is KeyMode.DIRECT:
+                return KeySource.BROKER if keyid in self._released else KeySource.FILE
+        return KeySource.NONE
 
     def owner(self, keyid: int) -> UUID | None:
         """The VM that a KeyID was programmed for."""
@@ -135,24 +147,64 @@ class KeyIds:
             )
         keyid = vm.keyid if request.keyid is None else request.keyid
         self._check_usable(vm, keyid)
-        first, count = offset // PAGE_BYTES, size // PAGE_BYTES
-        first_in_dram = vm.region.base // PAGE_BYTES + first
         async with vm.lock:
             if vm.path is not None:
                 await self._drains.run(vm, lambda path: path.drain())
             with self._package.keys.lock:
                 self._check_usable(vm, keyid)  # a raw PCONFIG may have come in between
-                for start in range(0, count, BATCH_PAGES):
-                    length = min(BATCH_PAGES, count - start)
-                    try:
-                        self._package.controller.rekey_pages(first_in_dram + start, length, keyid)
-                    except DramError as error:
-                        if isinstance(vm.path, ShadowDataPath):
-                            vm.path.renew(first + start, length)
-                        elif vm.path is not None:  # DRAM was the only copy
-                            self._drains.cut(vm, f"its pages changed hands in part: {error}")
-                        raise
-                    await asyncio.sleep(0)
+                await self._rekey(vm, offset // PAGE_BYTES, size // PAGE_BYTES, keyid)
+
+    async def adopt(self, vm: Vm, algorithm: Algorithm, key: memoryview) -> int:
+        """Give a VM a key that was released to it, `lock` held; returns its new KeyID.
+
+        All pages that were under the VM's own KeyID are under the new one then, NVDIMM and what
+        can be plugged in included. The old one is cleared, unless another VM's pages are under it.
+
+        Args:
+            vm: whose own KeyID it becomes.
+            algorithm: what for.
+            key: data key, then tweak key.
+
+        Raises:
+            KeyIdError: every KeyID is taken.
+            KeyMaterialError: the key must not be used.
+            DramError: DRAM failed; the VM then has pages under both KeyIDs, and keeps its own.
+        """
+        keyid, old = self._find_free(), vm.keyid
+        self._package.program(keyid, Command.SET_KEY_DIRECT, algorithm, key)
+        self._disown(keyid)
+        self._released.add(keyid)
+        vm.further_keyids.append(keyid)  # it goes with the VM, whatever comes
+        first = vm.region.base // PAGE_BYTES
+        async with vm.lock:
+            if vm.path is not None:
+                await self._drains.run(vm, lambda path: path.drain())
+            with self._package.keys.lock:
+                self._check_usable(vm, keyid)
+                for run in self._package.controller.page_ranges(vm.region):
+                    if run.keyid == old:
+                        start, count = run.base // PAGE_BYTES - first, run.size_bytes // PAGE_BYTES
+                        await self._rekey(vm, start, count, keyid)
+        vm.further_keyids.remove(keyid)
+        vm.keyid = keyid
+        if self._package.keys.is_programmed(old) and not self._users(old):
+            self._clear(old)
+        return keyid
+
+    async def _rekey(self, vm: Vm, first: int, count: int, keyid: int) -> None:
+        """Encrypt pages of a VM's anew, for another KeyID."""
+        first_in_dram = vm.region.base // PAGE_BYTES + first
+        for start in range(0, count, BATCH_PAGES):
+            length = min(BATCH_PAGES, count - start)
+            try:
+                self._package.controller.rekey_pages(first_in_dram + start, length, keyid)
+            except DramError as error:
+                if isinstance(vm.path, ShadowDataPath):
+                    vm.path.renew(first + start, length)
+                elif vm.path is not None:  # DRAM was the only copy
+                    self._drains.cut(vm, f"its pages changed hands in part: {error}")
+                raise
+            await asyncio.sleep(0)
 
     def execute(self, request: wire.ExecutePconfig) -> Status:
         """Execute a raw PCONFIG; a VM whose KeyID it changes is stopped, for its memory is lost.
@@ -182,6 +234,7 @@ class KeyIds:
             wipe(program)
         if status is Status.PROG_SUCCESS:
             keyid = int.from_bytes(request.program[:2], "little")
+            self._released.discard(keyid)
             for vm in self._users(keyid):
                 self._drains.cut(vm, f"PCONFIG changed its KeyID {keyid}: its memory is lost")
         return status
@@ -200,6 +253,7 @@ class KeyIds:
     def _clear(self, keyid: int) -> None:
         # CLEAR_KEY too wants an activated algorithm, though it does not use it.
         self._package.program(keyid, Command.CLEAR_KEY, self._package.tme.algorithms[0])
+        self._released.discard(keyid)
 
     def _disown(self, keyid: int) -> None:
         for vm in self._vms.values():

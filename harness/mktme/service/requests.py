@@ -11,6 +11,7 @@ from uuid import UUID
 
 import numpy as np
 
+from mktme.attest.identity import Identity
 from mktme.datapath.inline import InlineDataPath
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
@@ -24,6 +25,7 @@ from mktme.engine.package import Package, PowerEvent
 from mktme.engine.sidecar import sidecar_path, write_sidecar
 from mktme.engine.xts import LINE_BYTES, PAGE_BYTES, Algorithm
 from mktme.service import wire
+from mktme.service.attestation import Attestation
 from mktme.service.captures import Captures
 from mktme.service.custody import Custody
 from mktme.service.drains import Drains, unlink
@@ -41,6 +43,7 @@ class Requests:
         custody: what is told of this process's memory.
         drains: how a VM's writes get into DRAM.
         announce: tells the control clients of an event.
+        identity: who signs evidence; None for one that a CA of its own certifies.
         make_vtpm: makes a TPM for a VM.
 
     Attributes:
@@ -54,6 +57,7 @@ class Requests:
         custody: Custody,
         drains: Drains,
         announce: Callable[[wire.Event], None],
+        identity: Identity | None = None,
         make_vtpm: Callable[[UUID], Awaitable[Vtpm]] | None = None,
     ) -> None:
         self.dram = dram
@@ -64,6 +68,9 @@ class Requests:
         self._drains = drains
         self._make_vtpm = make_vtpm
         self._keyids = KeyIds(self.package, self.vms, drains)
+        self._attestation = Attestation(
+            identity or Identity.create(), self.package, self.vms, self._keyids
+        )
         self.captures = Captures(
             dram,
             lambda vms: describe(dram, self.package, vms),
@@ -154,6 +161,18 @@ class Requests:
                 for one in leaving_vms:
                     if one.vtpm is not None:
                         await one.vtpm.close()
+            case wire.DescribeDomain(vm=uuid, xml=xml):
+                vm = self._vm(uuid)
+                if vm.link is not None:
+                    raise MktmeError(f"VM {vm.name} is linked: its domain is what it is")
+                vm.domain = xml
+            case wire.GetEvidence():
+                return await self._attestation.evidence(request)
+            case wire.GetIdentity():
+                return self._attestation.identity()
+            case wire.ReleaseKey():
+                async with self._keyids.lock:
+                    return await self._attestation.release(request)
         return wire.Done()
 
     def leave(self, client: object) -> None:

@@ -28,6 +28,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final, TypeVar
 
+from mktme.attest.identity import Identity
 from mktme.datapath import link as ram_link
 from mktme.datapath.inline import InlineDataPath
 from mktme.datapath.kinds import DataPath
@@ -39,6 +40,8 @@ from mktme.engine.errors import MktmeError
 from mktme.engine.firmware import PlatformConfig
 from mktme.engine.xts import PAGE_BYTES
 from mktme.service import limits, wire
+from mktme.service.attestation import look_at
+from mktme.service.audit import AuditLog, Peer
 from mktme.service.custody import Custody
 from mktme.service.drains import Drains, release_link
 from mktme.service.faults import Faults
@@ -67,7 +70,13 @@ class _Client:
     writer: asyncio.StreamWriter
     is_starter: bool
     may_own: bool
+    pid: int
+    uid: int
     role: wire.Role | None = None
+
+    @property
+    def peer(self) -> Peer:
+        return Peer(self.pid, self.uid, self.role)
 
     def patience(self, timeout_s: float) -> asyncio.Timeout:
         return asyncio.timeout(None if self.is_starter else timeout_s)
@@ -81,8 +90,10 @@ class EngineServer:
         dram: the DRAM image; this process is its only writer.
         config: what firmware sets up.
         custody: what is told of this process's memory.
+        audit: where it is recorded what is done.
         peer_uids: user ids whose plugins may link, besides this process's own.
         shared_ownership: whether this process's user may be an owner on the control socket.
+        identity: who signs evidence; None for one that a CA of its own certifies.
     """
 
     def __init__(
@@ -91,11 +102,14 @@ class EngineServer:
         dram: Dram,
         config: PlatformConfig,
         custody: Custody,
+        audit: AuditLog,
         peer_uids: frozenset[int] = frozenset(),
         *,
         shared_ownership: bool = False,
+        identity: Identity | None = None,
     ) -> None:
         self._run_dir = run_dir
+        self._audit = audit
         self._drains = Drains(self._announce)
         self._faults = Faults(self._drains, self._announce)
         self._peer_uids = peer_uids | {os.geteuid()}
@@ -105,6 +119,7 @@ class EngineServer:
             custody,
             self._drains,
             self._announce,
+            identity,
             lambda vm: Vtpm.create(run_dir, vm, self._peer_uids),
         )
         self._shared_ownership = shared_ownership
@@ -187,7 +202,9 @@ class EngineServer:
 
     async def _serve_client(self, connection: socket.socket, *, is_starter: bool) -> None:
         reader, writer = await asyncio.open_unix_connection(sock=connection)
-        client = _Client(writer, is_starter, may_own=is_starter or self._shared_ownership)
+        pid, uid, _gid = _credentials(connection)
+        may_own = is_starter or self._shared_ownership
+        client = _Client(writer, is_starter, may_own, pid, uid)
         try:
             with self._silent_clients.seat():
                 async with client.patience(limits.HELLO_TIMEOUT_S):
@@ -253,18 +270,31 @@ class EngineServer:
                 return self._welcome(request, client)
             if client.role is None:
                 raise wire.ProtocolError("the first message of a connection is Hello")
-            if not client.role.may_send(request):
-                raise wire.RoleError(
-                    f"an {client.role.value} may not send {type(request).__name__}",
-                    hint="only an owner may, as the process that started the engine is",
-                )
-            return await self._requests.handle(request, client)
+            return await self._do(request, client, client.role)
         except MktmeError as error:
             return _failure(error)
         except Exception as error:
             # A fault of ours; the type alone, since a message might quote what it choked on.
             log.error("request failed: %s", type(error).__name__)
             return wire.Failure(error="InternalError", message=type(error).__name__)
+
+    async def _do(self, request: wire.Command, client: _Client, role: wire.Role) -> wire.Reply:
+        """Do what a client asks for, if it may, and record it."""
+        outcome: wire.Reply | MktmeError | None = None
+        try:
+            if not role.may_send(request):
+                raise wire.RoleError(
+                    f"an {role.value} may not send {type(request).__name__}",
+                    hint="only an owner may, as the process that started the engine is",
+                )
+            self._audit.admit(request)
+            outcome = await self._requests.handle(request, client)
+            return outcome
+        except MktmeError as error:
+            outcome = error
+            raise
+        finally:
+            self._audit.request(client.peer, request, outcome)
 
     def _welcome(self, hello: wire.Hello, client: _Client) -> wire.Welcome:
         if client.role is not None:
@@ -293,6 +323,7 @@ class EngineServer:
         )
 
     def _announce(self, event: wire.Event) -> None:
+        self._audit.event(event)
         data = wire.frame(event)
         for client in self._clients:
             transport = client.writer.transport
@@ -381,6 +412,7 @@ class EngineServer:
         # It owns the descriptors, also when it fails.
         link = await _aside(lambda: VmLink(hello, descriptors, pid))
         left.callback(link.close)
+        observation, unmeasured = await _aside(lambda: look_at(vm, pid))
         # Had it been linked before, DRAM would hold old memory where this one's is untouched.
         stale = (
             Region(vm.region.base, vm.memory_bytes),
@@ -396,6 +428,7 @@ class EngineServer:
             await self._power_on_nvdimm(vm, hello, link, path)
         connection.send(ram_link.encode_answer())
         vm.link, vm.path, vm.connection = link, path, connection
+        vm.observation, vm.unmeasured = observation, unmeasured
         vm.follower = asyncio.current_task()
         return vm
 

@@ -13,7 +13,9 @@ from typing import TypeAlias
 from uuid import UUID
 
 import msgspec
+from cryptography.hazmat.primitives.asymmetric import ec
 
+from mktme.attest.measure import Observation
 from mktme.datapath.inline import InlineDataPath, Poison
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.link import VmLink
@@ -40,12 +42,16 @@ from mktme.service.vtpm import Vtpm
 AnyDataPath: TypeAlias = ShadowDataPath | InlineDataPath
 
 
+def _new_recipient() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP256R1())
+
+
 @dataclass(slots=True)
 class Vm:
     """One VM of the platform; `link` and `path` are there while its QEMU is.
 
     Its region is its RAM, `memory_bytes`, then its NVDIMM if it has one, then `dimm_bytes` for what
-    can be plugged in.
+    can be plugged in. Whoever encrypts to `recipient` knows that nobody but this engine reads it.
     """
 
     uuid: UUID
@@ -70,6 +76,14 @@ class Vm:
     drain_s: float = 0.0
     full: bool = False
     fault: str | None = None
+    domain: str | None = None  # libvirt's XML
+    observation: Observation | None = None
+    unmeasured: str = "its QEMU is not linked"  # why there is no observation
+    recipient: ec.EllipticCurvePrivateKey = field(default_factory=_new_recipient, repr=False)
+
+    def renew_recipient(self) -> None:
+        """Make another recipient key: what was encrypted to the old one is lost with it."""
+        self.recipient = _new_recipient()
 
     @property
     def nvdimm_pages(self) -> tuple[int, int]:

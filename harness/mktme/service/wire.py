@@ -5,7 +5,7 @@ A frame is a 4-byte little-endian length and that many bytes of MessagePack: a `
 a `Reply` or an `Event` the other. Requests of one connection are answered in order; events come
 in between. Decoding is strict: an unknown type, a missing or unknown field or a value of another
 type is a `ProtocolError`. No message carries a key in either direction: a known key is named by
-its file, which the engine reads itself.
+its file, which the engine reads itself; one that a key broker releases is encrypted to the engine.
 
 The first request of a connection is `Hello`, which asks for a role. Each class of request says
 what the least role is that may send it; if it says nothing, that is the owner.
@@ -19,6 +19,8 @@ from uuid import UUID
 
 import msgspec
 
+from mktme.attest.claims import NONCE_MAX_BYTES, NONCE_MIN_BYTES, REPORT_DATA_BYTES
+from mktme.attest.jwe import MAX_BYTES as JWE_MAX_BYTES
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.shadow import Track
 from mktme.datapath.window import Policy
@@ -31,7 +33,7 @@ from mktme.engine.sidecar import CaptureRecord, GuestSegment, PageRange
 from mktme.engine.xts import Algorithm
 from mktme.service.custody import Custody
 
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 LENGTH_BYTES: Final = 4
 REQUEST_MAX_BYTES: Final = 64 << 10
 READ_MAX_BYTES: Final = 4 << 20
@@ -39,6 +41,7 @@ WRITE_MAX_BYTES: Final = REQUEST_MAX_BYTES - (4 << 10)  # the rest of a request 
 DECRYPT_MAX_BYTES: Final = 14 * 4096  # with its MACs
 NAME_MAX_CHARACTERS: Final = 255
 PAGE_RANGES_MAX: Final = 1024
+DOMAIN_MAX_CHARACTERS: Final = 48 << 10
 REPLY_MAX_BYTES: Final = READ_MAX_BYTES + (64 << 10)
 
 
@@ -74,9 +77,11 @@ class _Command(Message, frozen=True):
 
     Attributes:
         least_role: the lowest role that may send it.
+        is_audited: whether it goes into the audit log (`mktme.service.audit`).
     """
 
     least_role: ClassVar[Role] = Role.OWNER
+    is_audited: ClassVar[bool] = False
 
 
 class GetStatus(_Command, frozen=True):
@@ -114,6 +119,8 @@ class AddVm(_Command, frozen=True):
         dimm_bytes: memory behind all that, for what is plugged in while it runs; whole pages.
     """
 
+    is_audited: ClassVar[bool] = True
+
     vm: UUID
     name: Annotated[str, msgspec.Meta(max_length=NAME_MAX_CHARACTERS)]
     memory_bytes: int
@@ -136,6 +143,8 @@ class AddVtpm(_Command, frozen=True):
 
 class RemoveVm(_Command, frozen=True):
     """Forget a VM: its link is closed, its KeyID cleared, its DRAM set free."""
+
+    is_audited: ClassVar[bool] = True
 
     vm: UUID
 
@@ -189,6 +198,8 @@ class WriteDram(_Command, frozen=True):
         keyid: what to encrypt with.
     """
 
+    is_audited: ClassVar[bool] = True
+
     address: int
     data: Annotated[bytes, msgspec.Meta(max_length=WRITE_MAX_BYTES)]
     keyid: int
@@ -213,6 +224,8 @@ class StartCapture(_Command, frozen=True):
         path: of the copy, absolute; nothing may be there, nor its sidecar or MACs.
         vms: whose memory; none: all of DRAM.
     """
+
+    is_audited: ClassVar[bool] = True
 
     path: str
     vms: tuple[UUID, ...] = ()
@@ -276,6 +289,8 @@ class ReadMsr(_Command, frozen=True):
 class WriteMsr(_Command, frozen=True):
     """Execute WRMSR on the package."""
 
+    is_audited: ClassVar[bool] = True
+
     msr: int
     value: Annotated[int, msgspec.Meta(ge=0)]
 
@@ -293,6 +308,8 @@ class ExecutePconfig(_Command, frozen=True):
             key, or as much entropy for a random key.
     """
 
+    is_audited: ClassVar[bool] = True
+
     leaf: int
     address: int
     program: bytes
@@ -309,6 +326,8 @@ class ProgramKey(_Command, frozen=True):
         vm: whose it is, and with whom it goes; None for nobody's.
     """
 
+    is_audited: ClassVar[bool] = True
+
     mode: KeyMode
     algorithm: Algorithm
     keyid: int | None = None
@@ -318,6 +337,8 @@ class ProgramKey(_Command, frozen=True):
 
 class ClearKey(_Command, frozen=True):
     """Destroy the key of a KeyID that nobody uses."""
+
+    is_audited: ClassVar[bool] = True
 
     keyid: int
 
@@ -332,6 +353,8 @@ class AssignPages(_Command, frozen=True):
             None for the VM's own.
     """
 
+    is_audited: ClassVar[bool] = True
+
     vm: UUID
     ram_offset: int
     size_bytes: int
@@ -345,6 +368,8 @@ class ReleasePage(_Command, frozen=True):
         ram_offset: of the page.
     """
 
+    is_audited: ClassVar[bool] = True
+
     vm: UUID
     ram_offset: int
 
@@ -357,6 +382,8 @@ class DiscardMemory(_Command, frozen=True):
         size_bytes: how much, a multiple of 4096.
     """
 
+    is_audited: ClassVar[bool] = True
+
     vm: UUID
     ram_offset: int
     size_bytes: int
@@ -365,7 +392,61 @@ class DiscardMemory(_Command, frozen=True):
 class PowerPlatform(_Command, frozen=True):
     """Let a power event happen: every VM ends, and firmware sets the platform up again."""
 
+    is_audited: ClassVar[bool] = True
+
     event: PowerEvent
+
+
+class DescribeDomain(_Command, frozen=True):
+    """Tell what libvirt was told of a VM; before its QEMU links, for evidence to be had of it.
+
+    Attributes:
+        xml: libvirt's domain.
+    """
+
+    vm: UUID
+    xml: Annotated[str, msgspec.Meta(max_length=DOMAIN_MAX_CHARACTERS)]
+
+
+class GetEvidence(_Command, frozen=True):
+    """Ask for signed `Evidence`. Nothing in it can be chosen but these.
+
+    Attributes:
+        nonce: comes back in it.
+        vm: whose; None for all VMs of which there is any.
+        report_data: comes back with each VM.
+    """
+
+    least_role: ClassVar[Role] = Role.OBSERVER
+    is_audited: ClassVar[bool] = True
+
+    nonce: Annotated[bytes, msgspec.Meta(min_length=NONCE_MIN_BYTES, max_length=NONCE_MAX_BYTES)]
+    vm: UUID | None = None
+    report_data: Annotated[
+        bytes, msgspec.Meta(min_length=REPORT_DATA_BYTES, max_length=REPORT_DATA_BYTES)
+    ] = bytes(REPORT_DATA_BYTES)
+
+
+class GetIdentity(_Command, frozen=True):
+    """Ask who signs evidence."""
+
+    least_role: ClassVar[Role] = Role.OBSERVER
+
+
+class ReleaseKey(_Command, frozen=True):
+    """Program a KeyID with a key that a broker released, and give it the VM's pages.
+
+    It becomes the VM's own KeyID; the one that it had is cleared. The VM's recipient key is
+    another one afterwards. Pages that are under neither stay as they are.
+
+    Attributes:
+        jwe: data key, then tweak key, encrypted to the VM's recipient key (`mktme.attest.jwe`).
+    """
+
+    is_audited: ClassVar[bool] = True
+
+    vm: UUID
+    jwe: Annotated[bytes, msgspec.Meta(max_length=JWE_MAX_BYTES)]
 
 
 Command: TypeAlias = (
@@ -393,6 +474,10 @@ Command: TypeAlias = (
     | ReleasePage
     | DiscardMemory
     | PowerPlatform
+    | DescribeDomain
+    | GetEvidence
+    | GetIdentity
+    | ReleaseKey
 )
 Request: TypeAlias = Hello | Command
 
@@ -634,6 +719,24 @@ class Decrypted(Message, frozen=True):
     bad: bytes
 
 
+class Evidence(Message, frozen=True):
+    """Answer to `GetEvidence`: a token of `mktme.attest.token`."""
+
+    token: bytes
+
+
+class Identity(Message, frozen=True):
+    """Answer to `GetIdentity`.
+
+    Attributes:
+        ueid: the platform's name in evidence.
+        root: the certificate that evidence's chain ends in, PEM. It proves nothing by itself.
+    """
+
+    ueid: bytes
+    root: str
+
+
 Reply: TypeAlias = (
     Welcome
     | Done
@@ -648,6 +751,8 @@ Reply: TypeAlias = (
     | SidecarWritten
     | CaptureStarted
     | Decrypted
+    | Evidence
+    | Identity
 )
 
 

@@ -51,7 +51,7 @@ from mktme.vm.config import VmConfig, check_config, with_window
 from mktme.vm.console import VmError
 from mktme.vm.disk_images import DiskImage, make_seed, overlay
 from mktme.vm.domain import Domain
-from mktme.vm.domain_xml import DiskBoot, DomainSpec
+from mktme.vm.domain_xml import DiskBoot, DomainSpec, domain_xml
 from mktme.vm.guest_map import modules_of, ram_below_4g
 from mktme.vm.host import EnvironmentUnfitError, Host, UsageError, plugin_path
 from mktme.vm.pages import GuestPages, assign_pages
@@ -161,6 +161,8 @@ class Platform:
         dram_bytes: size of its DRAM.
         config: what its firmware sets up; the size of DRAM there is not looked at.
         dram: where to keep the DRAM image; None for a file that goes with the platform.
+        audit: where to append the engine's audit log; None for a file that goes with the platform.
+        ca: directory of the platform CA that certifies the engine; None for one of its own.
         connect: a libvirt URI in place of the embedded driver.
         emulator: another QEMU than this machine's own.
         shared_ownership: let other processes of this user program keys, too.
@@ -174,6 +176,8 @@ class Platform:
         config: PlatformConfig | None = None,
         shared_ownership: bool = False,
         dram: Path | None = None,
+        audit: Path | None = None,
+        ca: Path | None = None,
         connect: str | None = None,
         emulator: Path | None = None,
         notice: Callable[[str], None] = lambda _line: None,
@@ -182,6 +186,8 @@ class Platform:
         self._config = config
         self._shared_ownership = shared_ownership
         self._dram = dram
+        self._audit = audit
+        self._ca = ca
         self._connect = connect
         self._emulator = emulator
         self._notice = notice
@@ -213,6 +219,8 @@ class Platform:
                 self._dram_bytes,
                 platform=self._config,
                 shared_ownership=self._shared_ownership,
+                audit=None if self._audit is None else self._audit.absolute(),
+                ca=None if self._ca is None else self._ca.absolute(),
             )
             self._process = stack.enter_context(process)
             self.engine = self._process.client
@@ -342,6 +350,8 @@ class Platform:
                 dimms=config.dimms,
                 vtpm=vtpm,
             )
+            if not config.plain:
+                self.engine.describe_domain(one, domain_xml(spec))
             transcript = self.run_dir / f"{unique}.log"
             why = functools.partial(self._why_lost, one)
             domain = stack.enter_context(make(self.host, spec, transcript, name, why))

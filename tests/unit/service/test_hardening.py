@@ -25,6 +25,7 @@ import pytest
 from mktme.engine.dram import Dram
 from mktme.engine.firmware import PlatformConfig
 from mktme.service import limits, wire
+from mktme.service.audit import AUDIT_FILE, AuditLog
 from mktme.service.client import EngineClient, EngineProcess
 from mktme.service.limits import LimitError, Rate, TokenBucket, WaitingRoom
 from mktme.service.requests import Requests
@@ -93,8 +94,13 @@ class Serving:
 @contextlib.asynccontextmanager
 async def serving(run_dir: Path) -> AsyncIterator[Serving]:
     ours, theirs = socket.socketpair()
-    with Dram.create(run_dir / "dram.img", 8 << 20) as dram:
-        server = EngineServer(run_dir, dram, PlatformConfig(), CUSTODY, shared_ownership=True)
+    with (
+        Dram.create(run_dir / "dram.img", 8 << 20) as dram,
+        AuditLog(run_dir / AUDIT_FILE) as audit,
+    ):
+        server = EngineServer(
+            run_dir, dram, PlatformConfig(), CUSTODY, audit, shared_ownership=True
+        )
         task = asyncio.create_task(server.serve(theirs))
         starter = Peer(*await asyncio.open_unix_connection(sock=ours))
         assert isinstance(await starter.ask(HELLO), wire.Welcome)

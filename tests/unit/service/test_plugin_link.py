@@ -28,6 +28,7 @@ from mktme.engine.firmware import PlatformConfig
 from mktme.engine.keys import KeyMode
 from mktme.engine.xts import Algorithm
 from mktme.service import limits, wire
+from mktme.service.audit import AUDIT_FILE, AuditLog
 from mktme.service.client import EngineProcess, EngineRefusedError
 from mktme.service.drains import Drains
 from mktme.service.server import LINK_SOCKET, EngineServer
@@ -439,8 +440,12 @@ def test_silence_ends_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     async def stay_silent() -> bytes:
         owner, theirs = socket.socketpair()
-        with Dram.create(tmp_path / "dram.img", PAGE) as dram, owner:
-            engine = EngineServer(tmp_path, dram, PlatformConfig(), CUSTODY)
+        with (
+            Dram.create(tmp_path / "dram.img", PAGE) as dram,
+            AuditLog(tmp_path / AUDIT_FILE) as audit,
+            owner,
+        ):
+            engine = EngineServer(tmp_path, dram, PlatformConfig(), CUSTODY, audit)
             serving = asyncio.create_task(engine.serve(theirs))
             loop = asyncio.get_running_loop()
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as plugin:
