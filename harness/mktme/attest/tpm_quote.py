@@ -196,7 +196,7 @@ def verify_quote(
     *,
     vtpm: bytes | None,
     nonce: bytes,
-    reference: Mapping[int, bytes] | None = None,
+    reference: Mapping[int, frozenset[bytes]] | None = None,
 ) -> MeasuredBoot:
     """Check the whole chain.
 
@@ -205,7 +205,7 @@ def verify_quote(
         vtpm: what the platform's evidence says of the VM's TPM: SHA-256 of the EK, 32 bytes.
             None if it says of none.
         nonce: the secret of the `Challenge` that was made for these two keys.
-        reference: PCRs, of `QUOTED_PCRS`, that have to have these values.
+        reference: PCRs that have to have one of these values.
 
     Raises:
         QuoteError: a link of it is broken.
@@ -235,7 +235,7 @@ def verify_quote(
     if hashlib.sha256(b"".join(pcrs.values())).digest() != attested.pcr_digest:
         raise QuoteError("vtpm:log", "the event log does not lead to what the PCRs are")
     for pcr, expected in (reference or {}).items():
-        if pcrs.get(pcr) != expected:
+        if pcrs.get(pcr) not in expected:
             raise QuoteError(f"vtpm:pcr-{pcr}", f"PCR {pcr} is not what the reference has")
     return MeasuredBoot(pcrs, log, attested.resets)
 

@@ -21,6 +21,7 @@ from mktme.attest.policy import Policy
 from mktme.attest.reference import Reference
 from mktme.attest.result import Appraisal, Check, Verdict
 from mktme.attest.token import Token
+from mktme.attest.tpm_quote import QuoteError, TpmQuote, verify_quote
 
 __all__ = ["load_trust", "verify"]
 
@@ -38,6 +39,8 @@ def verify(
     vm: UUID | None = None,
     now: dt.datetime | None = None,
     report_data: bytes | None = None,
+    quote: TpmQuote | None = None,
+    quote_nonce: bytes = b"",
 ) -> Appraisal:
     """Appraise what a platform says of one of its VMs.
 
@@ -50,6 +53,8 @@ def verify(
         vm: which VM; None for the only one that it is about.
         now: when, with a time zone; None for now.
         report_data: what must be in it, 64 bytes; None for whatever is.
+        quote: what the VM's vTPM says of its boot; None if it was not asked.
+        quote_nonce: the secret of the challenge that it was asked with.
     """
     at = dt.datetime.now(dt.UTC) if now is None else now
     checks: list[Check] = []
@@ -65,6 +70,7 @@ def verify(
         checks += _platform_checks(evidence, claims, policy, reference)
         if claims is not None:
             checks += _vm_checks(claims, policy, reference)
+            checks.append(_quote(claims, quote, quote_nonce, policy, reference))
     return Appraisal(
         checks=tuple(checks),
         evidence=evidence,
@@ -257,6 +263,22 @@ def _exceptions(vm: VmClaims, policy: Policy) -> Check:
     if size > policy.exceptions_max:
         return _no("exceptions", f"{found}; {policy.exceptions_max:,} are allowed")
     return _yes("exceptions", f"{found}: allowed")
+
+
+def _quote(
+    vm: VmClaims, quote: TpmQuote | None, nonce: bytes, policy: Policy, reference: Reference
+) -> Check:
+    if quote is None:
+        return _decide(
+            "vtpm:quote", not policy.quote, "none is demanded", "its vTPM has not quoted"
+        )
+    try:
+        verify_quote(quote, vtpm=vm.vtpm, nonce=nonce, reference=reference.pcrs)
+    except QuoteError as error:
+        return _no(error.check, str(error))
+    which = ", ".join(map(str, sorted(reference.pcrs)))
+    found = f"PCRs {which} as in the reference" if which else "no PCR is in the reference"
+    return _yes("vtpm:quote", f"its boot is what the event log says; {found}")
 
 
 def _names(values: Collection[Enum]) -> str:

@@ -175,7 +175,7 @@ class Attestation:
             exceptions=self._exceptions(vm),
             report_data=report_data,
             recipient_key=RecipientKey.of(vm.recipient.public_key()),
-            vtpm=vm.vtpm,
+            vtpm=None if vm.vtpm is None else vm.vtpm.endorsement_key,
             debug=_debug_status(observation.debuggable),
             fault=None if vm.fault is None else _on_one_line(vm.fault),
         )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import struct
 import tempfile
@@ -15,6 +16,8 @@ from cryptography.hazmat.primitives import serialization
 
 from mktme.attest.event_log import EventKind, EventLog
 from mktme.attest.marshal import TpmFormatError, sized
+from mktme.attest.reference import Reference
+from mktme.attest.result import Verdict
 from mktme.attest.tpm_keys import Challenge, TpmKey, make_credential
 from mktme.attest.tpm_quote import (
     QUOTE_MAX_BYTES,
@@ -27,6 +30,7 @@ from mktme.attest.tpm_quote import (
 from mktme.vm.console import VmError
 from mktme.vm.guest_tpm import take_quote
 
+from .signing import POLICY, Platform
 from .soft_tpm import BOOT, LogEvent, SoftTpm, encode_log, soft_tpm
 
 
@@ -59,7 +63,9 @@ def ek_of(quote: TpmQuote) -> bytes:
     return TpmKey.parse(quote.endorsement_key).sha256
 
 
-def refused(quote: TpmQuote, nonce: bytes, vtpm: bytes | None, **more: dict[int, bytes]) -> str:
+def refused(
+    quote: TpmQuote, nonce: bytes, vtpm: bytes | None, **more: dict[int, frozenset[bytes]]
+) -> str:
     with pytest.raises(QuoteError) as error:
         verify_quote(quote, vtpm=vtpm, nonce=nonce, **more)
     return error.value.check
@@ -75,8 +81,8 @@ def test_quote_tells_what_booted(taken: tuple[TpmQuote, bytes]) -> None:
     assert boot.boot_loaders == (hashlib.sha256(b"GRUB's own").digest(),)
     assert boot.commands == ("linux /vmlinuz quiet", "/vmlinuz quiet")
     assert [event.sha256 for event in boot.files] == [hashlib.sha256(b"the kernel").digest()]
-    again = verify_quote(quote, vtpm=ek_of(quote), nonce=nonce, reference=boot.pcrs)
-    assert again == boot
+    reference = {pcr: frozenset((value, bytes(32))) for pcr, value in boot.pcrs.items()}
+    assert verify_quote(quote, vtpm=ek_of(quote), nonce=nonce, reference=reference) == boot
 
 
 def test_tpm2_checkquote_agrees(
@@ -185,9 +191,45 @@ def test_log_that_is_another(taken: tuple[TpmQuote, bytes]) -> None:
 
 def test_reference_that_is_not_met(taken: tuple[TpmQuote, bytes]) -> None:
     quote, nonce = taken
-    assert refused(quote, nonce, ek_of(quote), reference={4: bytes(32)}) == "vtpm:pcr-4"
+    assert (
+        refused(quote, nonce, ek_of(quote), reference={4: frozenset((bytes(32),))}) == "vtpm:pcr-4"
+    )
     # A PCR that is not quoted cannot be vouched for.
-    assert refused(quote, nonce, ek_of(quote), reference={11: bytes(32)}) == "vtpm:pcr-11"
+    assert (
+        refused(quote, nonce, ek_of(quote), reference={11: frozenset((bytes(32),))})
+        == "vtpm:pcr-11"
+    )
+
+
+def test_quote_is_a_part_of_the_appraisal(
+    platform: Platform, taken: tuple[TpmQuote, bytes], tmp_path: Path
+) -> None:
+    quote, nonce = taken
+    vm = platform.vm(vtpm=ek_of(quote))
+    token = platform.sign(platform.evidence(vm))
+    boot = verify_quote(quote, vtpm=vm.vtpm, nonce=nonce)
+    reference = platform.reference().with_boot(boot)
+    assert Reference.decode(reference.encode()) == reference
+    policy = dataclasses.replace(POLICY, vtpm=True, quote=True)
+    asked = {"policy": policy, "reference": reference, "quote": quote, "quote_nonce": nonce}
+
+    appraisal = platform.appraise(token, **asked)
+    assert appraisal.verdict is Verdict.AFFIRMING
+    assert appraisal.checks[-1].reason.endswith("PCRs 0, 2, 3, 4, 6, 7, 8, 9 as in the reference")
+
+    other_kernel = {**reference.pcrs, 9: frozenset((bytes(32),))}
+    for changes, failed in (
+        ({"quote": None}, "vtpm:quote"),
+        ({"quote_nonce": bytes(32)}, "vtpm:nonce"),
+        ({"quote": replaced(quote, event_log=b"")}, "vtpm:log"),
+        ({"reference": dataclasses.replace(reference, pcrs=other_kernel)}, "vtpm:pcr-9"),
+    ):
+        refusal = platform.appraise(token, **(asked | changes))
+        assert [check.name for check in refusal.failed] == [failed]
+    other = platform.sign(platform.evidence(platform.vm(vtpm=bytes(32))))
+    assert [one.name for one in platform.appraise(other, **asked).failed] == ["vtpm:key"]
+    without = [one.name for one in platform.appraise(platform.sign(), **asked).failed]
+    assert without == ["vtpm", "vtpm:key"]
 
 
 @pytest.mark.parametrize("selection", ["sha256:0,1,2,3", "sha256:16", "sha256:all"])
