@@ -10,7 +10,7 @@
 
 So evidence can say whose TPM an EK is in: the engine has it from the TPM itself, before any guest,
 and nobody but the VM's QEMU ever talked to it. There is no EK certificate: it would go on to be
-valid when the VM is gone, and evidence is fresh and says more (docs/adr/0016).
+valid when the VM is gone, and evidence is fresh and says more (docs/adr/0020).
 
 The TPM's state is in files, encrypted under a key that the engine draws; it and all processes of a
 TPM end with the VM or with the engine, whichever is first.

@@ -25,6 +25,9 @@ _MODULES: Final = {
     "sidecar": "files",
     "key-file": "files",
     "sizes": "sizes",
+    "event-log": "tpm",
+    "tpm-key": "tpm",
+    "tpm-quote": "tpm",
     CONTROL: "control",
 }
 
