@@ -44,6 +44,7 @@ from mktme.cli_options import (
 from mktme.cli_options import ExitCode as ExitCode  # part of this module for others
 from mktme.cli_output import err, make_table, out
 from mktme.cli_platform import platform_app
+from mktme.cli_quote import quote
 from mktme.cli_report import Page, report_page
 from mktme.cli_tamper import tamper
 from mktme.datapath.kinds import DataPath
@@ -127,6 +128,7 @@ app.add_typer(keyid_app, name="keyid")
 app.add_typer(dump_app, name="dump")
 app.command()(tamper)
 app.command()(features)
+app.command()(quote)
 app.command()(metrics)
 app.command("report")(report_page)
 

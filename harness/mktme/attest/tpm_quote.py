@@ -82,7 +82,7 @@ class TpmQuote(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     @classmethod
     def load(cls, path: Path) -> TpmQuote:
-        """Read the file that `save` writes.
+        """Read what `encode` made, from a file.
 
         Raises:
             QuoteError: it cannot be read, or is none.
@@ -96,7 +96,7 @@ class TpmQuote(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     @classmethod
     def decode(cls, data: bytes) -> TpmQuote:
-        """Read the document that `save` writes: JSON, byte strings in base64.
+        """Read what `encode` made: JSON, byte strings in base64.
 
         Raises:
             QuoteError: it is none.
@@ -108,9 +108,9 @@ class TpmQuote(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise QuoteError("vtpm:quote", "it is no document of the schema mktme.quote") from error
 
-    def save(self, path: Path) -> None:
-        """Write it to a file."""
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
+    def encode(self) -> bytes:
+        """As a file has it."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
 
 
 @dataclass(frozen=True, slots=True)
