@@ -26,6 +26,8 @@ except ImportError as missing:
     print(f"mktme: libvirt cannot be loaded ({missing})\n  hint: make setup", file=sys.stderr)
     sys.exit(3)  # ExitCode.ENVIRONMENT
 
+from mktme.attest.errors import CertificateError, PolicyError, ReferenceValuesError
+from mktme.cli_attest import ca_app, evidence, reference, verify_evidence
 from mktme.cli_dump import dump_app
 from mktme.cli_features import features
 from mktme.cli_keyid import keyid_app
@@ -96,6 +98,9 @@ _USAGE_ERRORS: Final = (
     images.UnknownGuestError,
     KeyMaterialError,
     OutputExistsError,
+    CertificateError,
+    PolicyError,
+    ReferenceValuesError,
 )
 _ENVIRONMENT_ERRORS: Final = (
     EnvironmentUnfitError,
@@ -108,7 +113,14 @@ _ENVIRONMENT_ERRORS: Final = (
 # The engine's own errors come over its socket by name.
 _ENGINE_USAGE_ERRORS: Final = {
     one.__name__
-    for one in (KeyMaterialError, KeyIdError, PlatformConfigError, RoleError, OutputExistsError)
+    for one in (
+        KeyMaterialError,
+        KeyIdError,
+        PlatformConfigError,
+        RoleError,
+        OutputExistsError,
+        CertificateError,
+    )
 }
 _ENGINE_ENVIRONMENT_ERRORS: Final = {
     one.__name__ for one in (DramError, DramFullError, FirmwareError, OutputError)
@@ -130,6 +142,10 @@ app.command()(tamper)
 app.command()(features)
 app.command()(quote)
 app.command()(metrics)
+app.add_typer(ca_app, name="ca")
+app.command()(evidence)
+app.command()(reference)
+app.command("verify")(verify_evidence)
 app.command("report")(report_page)
 
 
@@ -149,6 +165,10 @@ DramOption = Annotated[
 AuditOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Append the engine's audit log to this file."),
+]
+CaOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Have evidence certified by this CA (mktme ca create)."),
 ]
 PlatformOption = Annotated[
     Path | None,
@@ -243,6 +263,7 @@ def run(
     platform: PlatformOption = None,
     dram: DramOption = None,
     audit: AuditOption = None,
+    ca: CaOption = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave the guests running until Ctrl-C.")
     ] = False,
@@ -306,6 +327,7 @@ def run(
         emulator=qemu,
         dram=dram,
         audit=audit,
+        ca=ca,
         reference=reference,
         platform=set_up,
         arguments=tuple(map(spelled, sys.argv[1:])),

@@ -95,7 +95,7 @@ class Asked:
             reference=reference,
             nonce=self.nonce,
             vm=self.vm.uuid,
-            quote=self.quote,
+            quote=self.quote.encode(),
             quote_nonce=self.secret,
         )
 

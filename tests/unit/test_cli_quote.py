@@ -60,7 +60,7 @@ def test_answer_is_kept_and_true(
     assert result.code == 0, result.said
     nonce = re.search(r"^nonce ([0-9a-f]{64})$", result.out, re.M)
     assert nonce is not None
-    quote = TpmQuote.load(path)
+    quote = TpmQuote.decode(path.read_bytes())
     endorsement = TpmKey.parse(quote.endorsement_key).sha256
     assert verify_quote(quote, vtpm=endorsement, nonce=bytes.fromhex(nonce[1])).commands
     asked = (guest.directory / "asked").read_text()

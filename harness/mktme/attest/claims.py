@@ -11,6 +11,7 @@ another type or out of its range is a `TokenError`.
 
 from __future__ import annotations
 
+import datetime as dt
 import enum
 import hashlib
 from dataclasses import dataclass, fields
@@ -265,6 +266,11 @@ class Evidence:
     debug: DebugStatus
     tme: TmeClaims
     vms: tuple[VmClaims, ...]
+
+    @property
+    def time(self) -> dt.datetime:
+        """When it was signed."""
+        return dt.datetime.fromtimestamp(self.issued_at, dt.UTC)
 
     def vm(self, uuid: UUID) -> VmClaims | None:
         """What it says of a VM; None if nothing."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
@@ -25,7 +25,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     schema: Literal["mktme.reference"]
     version: Literal[1]
     code: tuple[_Hex, ...]
-    launch: dict[str, tuple[_Hex, ...]]
+    launch: dict[str, tuple[_Hex, ...] | Literal["any"]]
     pcrs: dict[_Pcr, tuple[_Hex, ...]] = {}
 
 
@@ -35,12 +35,13 @@ class Reference:
 
     Attributes:
         code: of engines.
-        launch: of each component that a VM is launched from, by its name.
+        launch: of each component that a VM is launched from, by its name; None where it may be
+            anything, as the seed that tells a guest its own name.
         pcrs: of a vTPM that is quoted, by their numbers; others may have any value.
     """
 
     code: frozenset[bytes]
-    launch: Mapping[str, frozenset[bytes]]
+    launch: Mapping[str, frozenset[bytes] | None]
     pcrs: Mapping[int, frozenset[bytes]] = field(default_factory=dict)
 
     @classmethod
@@ -57,6 +58,33 @@ class Reference:
         """
         pcrs = {pcr: frozenset((value,)) for pcr, value in boot.pcrs.items() if pcr not in (1, 5)}
         return replace(self, pcrs=pcrs)
+
+    def also(self, other: Reference) -> Reference:
+        """What either of two has."""
+        launch = dict(self.launch)
+        for name, values in other.launch.items():
+            mine = launch.get(name, frozenset())
+            launch[name] = None if mine is None or values is None else mine | values
+        pcrs = {
+            pcr: self.pcrs.get(pcr, frozenset()) | other.pcrs.get(pcr, frozenset())
+            for pcr in self.pcrs.keys() | other.pcrs.keys()
+        }
+        return Reference(self.code | other.code, launch, pcrs)
+
+    def accepting_any(self, components: Iterable[str]) -> Reference:
+        """The same, but that some components may be anything.
+
+        Raises:
+            ReferenceValuesError: there is no such component.
+        """
+        launch = dict(self.launch)
+        for name in components:
+            if name not in launch:
+                raise ReferenceValuesError(
+                    f"no component {name!r}", hint=f"there are: {', '.join(launch)}"
+                )
+            launch[name] = None
+        return replace(self, launch=launch)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -88,7 +116,10 @@ class Reference:
             raise ReferenceValuesError(f"no reference values: {text}", hint=_HINT) from error
         return cls(
             frozenset(map(bytes.fromhex, file.code)),
-            {name: frozenset(map(bytes.fromhex, values)) for name, values in file.launch.items()},
+            {
+                name: None if values == "any" else frozenset(map(bytes.fromhex, values))
+                for name, values in file.launch.items()
+            },
             {int(pcr): frozenset(map(bytes.fromhex, one)) for pcr, one in file.pcrs.items()},
         )
 
@@ -98,7 +129,10 @@ class Reference:
             schema="mktme.reference",
             version=1,
             code=_hex(self.code),
-            launch={name: _hex(self.launch[name]) for name in sorted(self.launch)},
+            launch={
+                name: "any" if values is None else _hex(values)
+                for name, values in sorted(self.launch.items())
+            },
             pcrs={str(pcr): _hex(self.pcrs[pcr]) for pcr in sorted(self.pcrs)},
         )
         return msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n"

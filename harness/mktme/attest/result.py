@@ -7,6 +7,7 @@ import base64
 import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any, Final
 from uuid import UUID
 
@@ -16,7 +17,7 @@ from mktme.attest.errors import AttestationError
 EAR_PROFILE: Final = "tag:github.com,2023:veraison/ear"
 """As Veraison's and Trustee's verifiers name it."""
 
-_VERIFIER: Final = {"developer": "https://github.com/mktme", "build": "mktme"}
+_VERIFIER: Final = {"developer": "mktme", "build": f"mktme {metadata.version('mktme')}"}
 
 
 class Verdict(enum.Enum):

@@ -22,7 +22,6 @@ import hashlib
 import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, Literal
 
 import msgspec
@@ -79,20 +78,6 @@ class TpmQuote(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     message: bytes
     signature: bytes
     event_log: bytes
-
-    @classmethod
-    def load(cls, path: Path) -> TpmQuote:
-        """Read what `encode` made, from a file.
-
-        Raises:
-            QuoteError: it cannot be read, or is none.
-        """
-        try:
-            with path.open("rb") as file:
-                data = file.read(QUOTE_MAX_BYTES + 1)
-        except OSError as error:
-            raise QuoteError("vtpm:quote", f"{path}: {error.strerror}") from error
-        return cls.decode(data)
 
     @classmethod
     def decode(cls, data: bytes) -> TpmQuote:

@@ -117,6 +117,7 @@ class RunOptions:
     Attributes:
         platform: what firmware sets up; None for the defaults.
         audit: where to append the engine's audit log; None for a file that goes with the run.
+        ca: directory of the platform CA that certifies the engine; None for one of its own.
         emulator: another QEMU than this machine's own.
         keep: called when all is proven, with the guests still there.
         look: called with the DRAM image while guests are held, its description beside it, and with
@@ -127,6 +128,7 @@ class RunOptions:
     connect: str | None = None
     dram: Path | None = None
     audit: Path | None = None
+    ca: Path | None = None
     reference: bool = True
     platform: PlatformConfig | None = None
     emulator: Path | None = None
@@ -197,6 +199,7 @@ class _Session:
                     shared_ownership=self._options.keep is not None,
                     dram=self._options.dram,
                     audit=self._options.audit,
+                    ca=self._options.ca,
                     connect=self._options.connect,
                     emulator=self._options.emulator,
                     notice=self._note,
