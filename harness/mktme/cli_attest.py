@@ -26,7 +26,7 @@ from mktme.attest.policy import Policy
 from mktme.attest.reference import Reference
 from mktme.attest.result import Appraisal, Verdict, ear
 from mktme.attest.token import Token
-from mktme.attest.tpm_quote import QUOTE_MAX_BYTES, TpmQuote, verify_quote
+from mktme.attest.tpm_quote import QUOTE_MAX_BYTES, MeasuredBoot, TpmQuote, verify_quote
 from mktme.attest.verify import verify
 from mktme.cli_output import EngineOption, JsonFlag, err, make_table, out, print_json
 from mktme.engine.new_file import NewFile
@@ -193,6 +193,8 @@ def verify_evidence(
     if json:
         print_json(ear(appraisal))
     else:
+        if appraisal.boot is not None:
+            _print_boot(appraisal.boot)
         _print(appraisal)
     if appraisal.failed:
         raise typer.Exit(REFUSED)
@@ -219,6 +221,18 @@ def _print(appraisal: Appraisal) -> None:
         out.print(f"[red]REFUSED[/] by {escape(appraisal.policy)}: {failed} of {count} checks")
     else:
         out.print(f"[green]affirmed[/] by {escape(appraisal.policy)}: {count} checks")
+
+
+def _print_boot(boot: MeasuredBoot) -> None:
+    """What a guest booted: what is in quotation marks is only what GRUB calls it."""
+    table = make_table("Measured boot", "PCR", "what", "SHA-256, or the text itself")
+    for digest in boot.boot_loaders:
+        table.add_row("4", "boot loader", digest.hex())
+    for event in boot.files:
+        table.add_row("9", f'file "{escape(event.label)}"', event.sha256.hex())
+    for text in boot.commands:
+        table.add_row("8", "GRUB", escape(text))
+    out.print(table)
 
 
 def _signed(token: bytes) -> Evidence:

@@ -6,15 +6,20 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from mktme.attest.identity import Identity
+from mktme.attest.reference import Reference
 from mktme.attest.tpm_keys import TpmKey
 from mktme.attest.tpm_quote import TpmQuote, verify_quote
-from mktme.vm.guest_tpm import EVENT_LOG
+from mktme.vm.guest_tpm import EVENT_LOG, take_quote
 
+from .attest.signing import NONCE, Platform
 from .attest.soft_tpm import BOOT, SoftTpm, encode_log, soft_tpm
 from .command import Mktme, runner
 
@@ -82,3 +87,53 @@ def test_guest_without_a_tpm(mktme: Mktme, tmp_path: Path, monkeypatch: pytest.M
     assert "connect to host guest" in result.said
     assert "hint: it needs --vtpm" in result.said
     assert not (tmp_path / "quote.json").exists()
+
+
+def test_verify_shows_the_boot_or_refuses(
+    mktme: Mktme, guest: SoftTpm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    quote, secret = take_quote(
+        guest, event_log=str(guest.directory / "log"), directory=str(guest.directory / "work")
+    )
+    platform = Platform(Identity.create())
+    vm = platform.vm(vtpm=TpmKey.parse(quote.endorsement_key).sha256)
+    evidence = platform.evidence(vm, issued_at=int(time.time()))
+    for name, data in (
+        ("evidence.cwt", platform.sign(evidence)),
+        ("quote.json", quote.encode()),
+        ("ca.pem", platform.identity.root_pem()),
+        ("policy.toml", b'name = "boot"\nvtpm = true\nquote = true\n'),
+    ):
+        Path(name).write_bytes(data)
+    asked = ("--quote", "quote.json", "--quote-nonce", secret.hex())
+    made = mktme("reference", "evidence.cwt", "--trust", "ca.pem", "-o", "good.json", *asked)
+    assert made.code == 0, made.said
+    assert set(Reference.load(Path("good.json")).pcrs) == {0, 2, 3, 4, 6, 7, 8, 9}
+
+    verify = ["verify", "evidence.cwt", "--trust", "ca.pem", "--policy", "policy.toml"]
+    verify += ["--reference", "good.json", "--nonce", NONCE.hex()]
+    good = mktme(*verify, *asked)
+    assert good.code == 0, good.said
+    assert "Measured boot" in good.said
+    assert "linux /vmlinuz quiet" in good.said
+    assert max(map(len, good.out.splitlines())) <= 80
+
+    document = msgspec.json.decode(mktme(*verify, *asked, "--json").out)
+    boot = document["submods"][str(vm.uuid)]["mktme.boot"]
+    assert boot["commands"] == ["linux /vmlinuz quiet", "/vmlinuz quiet"]
+
+    for changes, check in (
+        ((), "vtpm:quote"),
+        (("--quote", "quote.json", "--quote-nonce", "00" * 32), "vtpm:nonce"),
+        (("--quote", "ca.pem", "--quote-nonce", secret.hex()), "vtpm:quote"),
+    ):
+        refusal = mktme(*verify, *changes)
+        assert refusal.code == 1
+        assert f"FAIL {check}" in refusal.said
+        assert "Measured boot" not in refusal.said
+    assert mktme(*verify, "--quote", "quote.json").code == 2
+    trusted = ("reference", "evidence.cwt", "--trust", "ca.pem", "-o", "bad.json")
+    bad = mktme(*trusted, *asked[:3], "00")
+    assert bad.code == 1
+    assert not Path("bad.json").exists()

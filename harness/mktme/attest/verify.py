@@ -21,7 +21,7 @@ from mktme.attest.policy import Policy
 from mktme.attest.reference import Reference
 from mktme.attest.result import Appraisal, Check, Verdict
 from mktme.attest.token import Token
-from mktme.attest.tpm_quote import QuoteError, TpmQuote, verify_quote
+from mktme.attest.tpm_quote import MeasuredBoot, QuoteError, TpmQuote, verify_quote
 
 __all__ = ["load_trust", "verify"]
 
@@ -59,6 +59,7 @@ def verify(
     """
     at = dt.datetime.now(dt.UTC) if now is None else now
     checks: list[Check] = []
+    boot = None
     evidence = _open(token, trust, at, checks)
     claims = None
     if evidence is not None:
@@ -71,13 +72,15 @@ def verify(
         checks += _platform_checks(evidence, claims, policy, reference)
         if claims is not None:
             checks += _vm_checks(claims, policy, reference)
-            checks.append(_quote(claims, quote, quote_nonce, policy, reference))
+            check, boot = _quote(claims, quote, quote_nonce, policy, reference)
+            checks.append(check)
     return Appraisal(
         checks=tuple(checks),
         evidence=evidence,
         vm=vm if claims is None else claims.uuid,
         policy=policy.name,
         at=int(at.timestamp()),
+        boot=boot,
     )
 
 
@@ -270,19 +273,18 @@ def _exceptions(vm: VmClaims, policy: Policy) -> Check:
 
 def _quote(
     vm: VmClaims, quote: bytes | None, nonce: bytes, policy: Policy, reference: Reference
-) -> Check:
+) -> tuple[Check, MeasuredBoot | None]:
     if quote is None:
-        return _decide(
-            "vtpm:quote", not policy.quote, "none is demanded", "its vTPM has not quoted"
-        )
+        check = _decide("vtpm:quote", not policy.quote, "none is demanded", "there is none")
+        return check, None
     try:
         answer = TpmQuote.decode(quote)
-        verify_quote(answer, vtpm=vm.vtpm, nonce=nonce, reference=reference.pcrs)
+        boot = verify_quote(answer, vtpm=vm.vtpm, nonce=nonce, reference=reference.pcrs)
     except QuoteError as error:
-        return _no(error.check, str(error))
+        return _no(error.check, str(error)), None
     which = ", ".join(map(str, sorted(reference.pcrs)))
     found = f"PCRs {which} as in the reference" if which else "no PCR is in the reference"
-    return _yes("vtpm:quote", f"its boot is what the event log says; {found}")
+    return _yes("vtpm:quote", f"its boot is what the event log says; {found}"), boot
 
 
 def _names(values: Collection[Enum]) -> str:
