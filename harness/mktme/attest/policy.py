@@ -117,9 +117,9 @@ def _text(key: str, value: object) -> str:
 
 
 def _key_size(key: str, value: object) -> int:
-    if value not in (128, 256) or isinstance(value, bool):
+    if not isinstance(value, int) or value not in (128, 256):
         raise PolicyError(key, "not a size of AES keys here", hint="allowed: 128, 256")
-    return int(str(value))
+    return value
 
 
 def _number(most: int) -> Callable[[str, object], int]:
