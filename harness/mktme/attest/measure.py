@@ -33,7 +33,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 from uuid import UUID
@@ -116,13 +116,16 @@ class Observation:
         return Launch(tuple(Component(name, found[name]) for name in sorted(found)))
 
 
-def observe(pid: int, vm: UUID, domain: str, *, proc: Path = _PROC) -> Observation:
+def observe(
+    pid: int, vm: UUID, domain: str, *, tpm: int | None = None, proc: Path = _PROC
+) -> Observation:
     """Take down what a QEMU has loaded that executes nothing yet.
 
     Args:
         pid: its process.
         vm: the VM that it is to be.
         domain: the domain's XML, which must not contradict it.
+        tpm: the process of its vTPM, None without one.
         proc: where proc(5) is.
 
     Raises:
@@ -132,7 +135,11 @@ def observe(pid: int, vm: UUID, domain: str, *, proc: Path = _PROC) -> Observati
     try:
         arguments = arguments_of((process / "cmdline").read_bytes())
         with closing(Root(process)) as root:
-            return _observe(process, root, arguments, vm, domain)
+            observation = _observe(process, root, arguments, vm, domain)
+            if tpm is None:
+                return observation
+            executed = tuple(_executed(proc / str(tpm), root))
+            return replace(observation, _files={**observation._files, "tpm": executed})
     except OSError as error:
         raise MeasurementError(f"QEMU's process cannot be looked at: {error.strerror}") from error
 

@@ -225,7 +225,8 @@ def look_at(vm: Vm, pid: int) -> tuple[Observation | None, str]:
     if vm.domain is None:
         return None, "the engine was not told what its domain is"
     try:
-        return observe(pid, vm.uuid, vm.domain), ""
+        tpm = None if vm.vtpm is None else vm.vtpm.pid
+        return observe(pid, vm.uuid, vm.domain, tpm=tpm), ""
     except MeasurementError as error:
         return None, str(error)
 

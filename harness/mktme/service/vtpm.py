@@ -107,6 +107,11 @@ class Vtpm:
         wipe(self._key)
         self.socket.unlink(missing_ok=True)
 
+    @property
+    def pid(self) -> int | None:
+        """The process that is the TPM, None before QEMU has connected."""
+        return None if self._process is None else self._process.pid
+
     async def close(self) -> None:
         """End it, and what is left of it; its EK is nobody's then."""
         self.kill()
