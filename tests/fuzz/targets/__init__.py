@@ -28,6 +28,9 @@ _MODULES: Final = {
     "event-log": "tpm",
     "tpm-key": "tpm",
     "tpm-quote": "tpm",
+    "token": "evidence",
+    "claims": "evidence",
+    "jwe": "evidence",
     CONTROL: "control",
 }
 

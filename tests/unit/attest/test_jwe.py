@@ -34,13 +34,14 @@ def key() -> ec.EllipticCurvePrivateKey:
 
 
 def seal(
-    key: ec.EllipticCurvePrivateKey,
+    key: ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey,
     algorithm: str = "ECDH-ES+A256KW",
     secret: bytes = SECRET,
     **header: Any,
 ) -> str:
     """A compact JWE as an independent library makes it."""
-    numbers = key.public_key().public_numbers()
+    half = key.public_key() if isinstance(key, ec.EllipticCurvePrivateKey) else key
+    numbers = half.public_numbers()
     public = ECKey.import_key(
         {
             "kty": "EC",
