@@ -224,14 +224,17 @@ def _print(appraisal: Appraisal) -> None:
 
 
 def _print_boot(boot: MeasuredBoot) -> None:
-    """What a guest booted: what is in quotation marks is only what GRUB calls it."""
-    table = make_table("Measured boot", "PCR", "what", "SHA-256, or the text itself")
+    """What a guest booted: what is in quotation marks is only what GRUB calls it.
+
+    Whole digests are in the JSON.
+    """
+    table = make_table("Measured boot", "PCR", "what", "text, or its SHA-256")
     for digest in boot.boot_loaders:
-        table.add_row("4", "boot loader", digest.hex())
+        table.add_row("4", "boot loader", f"{digest.hex()[:16]}...")
     for event in boot.files:
-        table.add_row("9", f'file "{escape(event.label)}"', event.sha256.hex())
+        table.add_row("9", f'"{escape(event.label)}"', f"{event.sha256.hex()[:16]}...")
     for text in boot.commands:
-        table.add_row("8", "GRUB", escape(text))
+        table.add_row("8", "command", escape(text))
     out.print(table)
 
 
