@@ -34,7 +34,15 @@ NOW = datetime(2026, 11, 25, 12, 0, tzinfo=UTC)
 # wrong else.
 NOT_AUDITED = {
     *(wire.GetStatus, wire.FlushVm, wire.ReadVm, wire.ReadDram, wire.ReadMarks, wire.ReadMsr),
-    *(wire.WriteSidecar, wire.VmsHeld, wire.VmsReleased, wire.CancelCapture, wire.DecryptLines),
+    *(
+        wire.DescribeDomain,
+        wire.GetIdentity,
+        wire.WriteSidecar,
+        wire.VmsHeld,
+        wire.VmsReleased,
+        wire.CancelCapture,
+        wire.DecryptLines,
+    ),
 }
 
 

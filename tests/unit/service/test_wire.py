@@ -64,6 +64,10 @@ REQUESTS: list[wire.Request] = [
     wire.ReleasePage(vm=VM, ram_offset=4096),
     wire.DiscardMemory(vm=VM, ram_offset=4096, size_bytes=8192),
     wire.PowerPlatform(event=PowerEvent.WARM_RESET),
+    wire.DescribeDomain(vm=VM, xml="<domain/>"),
+    wire.GetEvidence(nonce=bytes(8), vm=VM, report_data=b"\x01" * 64),
+    wire.GetIdentity(),
+    wire.ReleaseKey(vm=VM, jwe=b"a.b.c.d.e"),
 ]
 TRAFFIC = wire.Traffic(
     drains=1,
@@ -158,6 +162,8 @@ REPLIES: list[wire.Reply] = [
     ),
     wire.Data(data=bytes(range(256))),
     wire.SidecarWritten(path="/dram.json"),
+    wire.Evidence(token=b"\xd2"),
+    wire.Identity(ueid=bytes(33), root="PEM"),
     wire.CaptureStarted(capture=1),
     wire.Decrypted(data=bytes(64), bad=b"\1"),
 ]
