@@ -392,7 +392,15 @@ _CA_PROFILE: Final = (
 )
 
 
+_OURS: Final = "Python extension validator failed: ValueError: "
+
+
 def _why(error: VerificationError) -> str:
     """What pyca found, without the certificate that it quotes."""
-    text = str(error).removeprefix("validation failed: ").removeprefix("candidates exhausted: ")
-    return text.partition(" (encountered processing")[0] or "the chain ends in no pinned CA"
+    text = str(error)
+    for prefix in ("validation failed: ", "candidates exhausted: ", _OURS):
+        text = text.removeprefix(prefix)
+    text = text.partition(" (encountered processing")[0]
+    if text.startswith("all candidates exhausted"):
+        return "the chain ends in no pinned CA"
+    return "the certificate cannot be read" if text.startswith("error parsing") else text

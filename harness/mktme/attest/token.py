@@ -18,6 +18,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from cryptography.utils import CryptographyDeprecationWarning
 from cwt import COSE, VerifyError
 from cwt.algs.ec2 import EC2Key
 from cwt.cose_key_interface import COSEKeyInterface
@@ -160,6 +161,7 @@ def _certificates(value: object) -> tuple[x509.Certificate, ...]:
             raise TokenError("a certificate is a byte string")
         try:
             certificates.append(x509.load_der_x509_certificate(one))
-        except ValueError as error:
+        # pyca warns of what it is going to refuse, as a serial number that is not positive.
+        except (ValueError, x509.InvalidVersion, CryptographyDeprecationWarning) as error:
             raise TokenError("a certificate that is none") from error
     return tuple(certificates)

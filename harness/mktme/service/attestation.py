@@ -145,7 +145,12 @@ class Attestation:
         if observation is None or vm.link is None:
             raise MeasurementError(f"VM {vm.name}: {vm.unmeasured}")
         async with self._hashing:
-            return observation, await asyncio.to_thread(observation.measure, self._digests)
+            if vm.launch is None:
+                launch = await asyncio.to_thread(observation.measure, self._digests)
+                if not self._is(vm.uuid, observation):
+                    raise MeasurementError(f"VM {vm.name} ended meanwhile")
+                vm.launch = launch
+            return observation, vm.launch
 
     def _is(self, uuid: UUID, observation: Observation) -> bool:
         """Whether a VM's QEMU is still the one that was observed."""

@@ -428,7 +428,7 @@ class EngineServer:
             await self._power_on_nvdimm(vm, hello, link, path)
         connection.send(ram_link.encode_answer())
         vm.link, vm.path, vm.connection = link, path, connection
-        vm.observation, vm.unmeasured = observation, unmeasured
+        vm.observation, vm.unmeasured, vm.launch = observation, unmeasured, None
         vm.follower = asyncio.current_task()
         return vm
 

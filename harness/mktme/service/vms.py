@@ -15,6 +15,7 @@ from uuid import UUID
 import msgspec
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from mktme.attest.claims import Launch
 from mktme.attest.measure import Observation
 from mktme.datapath.inline import InlineDataPath, Poison
 from mktme.datapath.kinds import DataPath
@@ -78,6 +79,7 @@ class Vm:
     fault: str | None = None
     domain: str | None = None  # libvirt's XML
     observation: Observation | None = None
+    launch: Launch | None = None  # once it was measured
     unmeasured: str = "its QEMU is not linked"  # why there is no observation
     recipient: ec.EllipticCurvePrivateKey = field(default_factory=_new_recipient, repr=False)
 

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import os
 import stat
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from mktme.attest.errors import CertificateError
+from mktme.attest.errors import CertificateError, TokenError
 from mktme.attest.identity import (
     ATTESTATION,
     CertificateAuthority,
@@ -27,6 +29,7 @@ from mktme.attest.identity import (
     load_trust,
     verify_chain,
 )
+from mktme.attest.token import Token, _certificates
 
 from .signing import NOW
 
@@ -232,6 +235,23 @@ def test_files_that_are_no_ca(tmp_path: Path) -> None:
     (tmp_path / "leaf.pem").write_bytes(leaf.chain[0].public_bytes(Encoding.PEM))
     with pytest.raises(CertificateError, match="no CA"):
         load_trust([tmp_path / "leaf.pem"])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_certificate_of_an_attackers_making_raises_nothing_else(
+    root: Authority, seed: int
+) -> None:
+    """Whoever signs a token with a key of his own chooses every byte of its certificate."""
+    rng = Random(seed)
+    der = root.leaf().public_bytes(Encoding.DER)
+    for _ in range(1000):
+        changed = bytearray(der)
+        for _ in range(rng.randint(1, 3)):
+            changed[rng.randrange(len(der))] = rng.randrange(256)
+        with contextlib.suppress(TokenError, CertificateError):
+            (one,) = _certificates(bytes(changed))
+            Token(b"", (one,)).key()
+            verify_chain([one], root.trust, NOW)
 
 
 def test_a_name_that_no_ca_can_have() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,13 @@ def test_an_empty_policy_is_the_strict_one() -> None:
     assert not policy.exceptions
     assert KeySource.FILE not in policy.key_sources
     assert policy.data_paths == {"inline"}
+
+
+def test_the_documented_policy_has_every_setting_and_its_default() -> None:
+    path = Path(__file__).parents[3] / "docs/attestation/policy.toml"
+    assert Policy.load(path) == Policy()
+    settings = {name.replace("_", "-") for name in Policy.__slots__}
+    assert tomllib.loads(path.read_text()).keys() == settings
 
 
 def test_every_setting_is_read() -> None:

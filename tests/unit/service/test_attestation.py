@@ -333,6 +333,26 @@ def test_who_cannot_be_vouched_for_has_no_evidence(tmp_path: Path) -> None:
         run(check)
 
 
+def test_it_is_measured_once(tmp_path: Path) -> None:
+    """What was launched is what it was, whatever becomes of the files."""
+
+    async def check(one: Engine) -> None:
+        asked = []
+
+        class Counting(FakeObservation):
+            def measure(self, _digests: object) -> Launch:
+                asked.append(1)
+                return LAUNCH
+
+        one.vm.observation = Counting(Path("/proc/0"), {}, {}, {}, debuggable=False)
+        both = await asyncio.gather(one.claims(), one.claims())
+        assert [claims.launch for claims in both] == [LAUNCH, LAUNCH]
+        assert len(asked) == 1
+
+    with engine(tmp_path) as run:
+        run(check)
+
+
 def test_a_vm_that_ends_while_it_is_measured(tmp_path: Path) -> None:
     async def check(one: Engine) -> None:
         class Ending(FakeObservation):

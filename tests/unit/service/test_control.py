@@ -173,7 +173,7 @@ def test_users_that_the_owner_names_may_link_and_no_more(open_to_all: Path, shar
 def test_hello_is_answered(raw: RawClient, engine: EngineProcess, control: Path) -> None:
     raw.send(HELLO)
     assert raw.answer() == wire.Welcome(
-        version=4,
+        version=5,
         role=wire.Role.OWNER,
         engine_pid=engine.process.pid,
         dram_path=str(control.with_name("dram.img")),
@@ -203,12 +203,12 @@ def test_events_are_for_clients_that_said_hello(
     assert isinstance(raw.answer(), wire.Welcome)
 
 
-@pytest.mark.parametrize("version", [0, 3, 5, -1, 2**63])
+@pytest.mark.parametrize("version", [0, 4, 6, -1, 2**63])
 def test_another_version_is_refused(raw: RawClient, version: int) -> None:
     raw.send(wire.frame(wire.Hello(version=version)))
     answer = raw.reply()
     assert isinstance(answer, wire.Failure)
-    assert f"speaks protocol 4, not {version}" in answer.message
+    assert f"speaks protocol 5, not {version}" in answer.message
     assert raw.answer() is None
 
 
@@ -346,7 +346,7 @@ def fake_engine(*answers: bytes) -> Iterator[Future[EngineClient]]:
 
 WELCOME = wire.frame(
     wire.Welcome(
-        version=4,
+        version=5,
         role=wire.Role.OWNER,
         engine_pid=1,
         dram_path="",
@@ -629,5 +629,5 @@ def test_odd_text_is_refused(
 
 def test_messages_are_plain_messagepack(raw: RawClient) -> None:
     """Clients in other languages need nothing of ours."""
-    raw.send(framed(msgspec.msgpack.encode({"type": "Hello", "version": 4})))
+    raw.send(framed(msgspec.msgpack.encode({"type": "Hello", "version": 5})))
     assert isinstance(raw.reply(), wire.Welcome)
