@@ -49,6 +49,7 @@ from mktme.cli_options import (
 from mktme.cli_options import ExitCode as ExitCode  # part of this module for others
 from mktme.cli_output import err, make_table, out
 from mktme.cli_platform import platform_app
+from mktme.cli_quote import quote
 from mktme.cli_report import Page, report_page
 from mktme.cli_tamper import tamper
 from mktme.datapath.kinds import DataPath
@@ -145,6 +146,7 @@ app.add_typer(dump_app, name="dump")
 app.add_typer(broker_app, name="broker")
 app.command()(tamper)
 app.command()(features)
+app.command()(quote)
 app.command()(metrics)
 app.add_typer(ca_app, name="ca")
 app.command()(evidence)
@@ -193,6 +195,9 @@ def run(
     ] = None,
     machine: Annotated[Machine, typer.Option(help="The guest's chipset.")] = Machine.Q35,
     firmware: Annotated[Firmware, typer.Option(help="What boots a guest's disk.")] = Firmware.BIOS,
+    vtpm: Annotated[
+        bool, typer.Option("--vtpm", help="Give guests a TPM 2.0; firmware must be uefi.")
+    ] = False,
     ssh_port: Annotated[
         int | None,
         typer.Option(
@@ -318,7 +323,7 @@ def run(
         mode=mode,
         key_file=key_file,
         pages=ranges,
-        hardware=Hardware(machine, firmware),
+        hardware=Hardware(machine, firmware, vtpm=vtpm),
         ssh_port=ssh_port,
         authorized_keys=() if ssh_key is None else (read_public_key(ssh_key),),
         boot_timeout_s=boot_timeout,

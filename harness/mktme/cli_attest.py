@@ -26,6 +26,7 @@ from mktme.attest.policy import Policy
 from mktme.attest.reference import Reference
 from mktme.attest.result import Appraisal, Verdict, ear
 from mktme.attest.token import Token
+from mktme.attest.tpm_quote import QUOTE_MAX_BYTES, MeasuredBoot, TpmQuote, verify_quote
 from mktme.attest.verify import verify
 from mktme.cli_output import EngineOption, JsonFlag, err, make_table, out, print_json
 from mktme.engine.new_file import NewFile
@@ -53,6 +54,13 @@ TrustOption = Annotated[
 ]
 VmOption = Annotated[
     str | None, typer.Option(metavar="NAME|UUID", help="Which VM; none: the only one.")
+]
+QuoteOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="What the VM's vTPM says of its boot (mktme quote)."),
+]
+QuoteNonceOption = Annotated[
+    str | None, typer.Option(metavar="HEX", help="What mktme quote printed.")
 ]
 ReportDataOption = Annotated[
     str | None, typer.Option(metavar="HEX", help="What else is to be signed, 64 bytes.")
@@ -114,6 +122,8 @@ def reference(
         list[str],
         typer.Option("--any", metavar="COMPONENT", help="One that may be anything, as a seed."),
     ] = [],  # noqa: B006
+    quote: QuoteOption = None,
+    quote_nonce: QuoteNonceOption = None,
     code: Annotated[
         bool, typer.Option("--code", help="Print this installation's code digest alone.")
     ] = False,
@@ -127,6 +137,7 @@ def reference(
             "reference values take evidence, a CA to trust, and a place",
             hint="mktme reference EVIDENCE --trust ca.pem -o reference.json",
         )
+    answer, secret = _quote(quote, quote_nonce)
     pinned = load_trust(trust)
     values = Reference(frozenset(), {})
     for path in evidence:
@@ -134,10 +145,15 @@ def reference(
             token = Token.parse(_read(path))
             said = decode_claims(token.verify(token.key()))
             verify_chain(token.chain, pinned, said.time)
+            claims = _chosen(said, vm)
+            one = Reference.of(said, claims)
+            if answer is not None:
+                boot = verify_quote(TpmQuote.decode(answer), vtpm=claims.vtpm, nonce=secret)
+                one = one.with_boot(boot)
         except AttestationError as error:
             err.print(f"refused: {path}: {error}", markup=False, soft_wrap=True)
             raise typer.Exit(REFUSED) from error
-        values = values.also(Reference.of(said, _chosen(said, vm)))
+        values = values.also(one)
     _write(output, values.accepting_any(any_of).encode())
     out.print(
         f"{output}: {len(values.launch)} components of a launch",
@@ -157,9 +173,12 @@ def verify_evidence(
         UUID | None, typer.Option(metavar="UUID", help="Which VM; none: the only one.")
     ] = None,
     report_data: ReportDataOption = None,
+    quote: QuoteOption = None,
+    quote_nonce: QuoteNonceOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Appraise evidence. Exit status: 0 affirmed, 1 refused, 2 usage."""
+    answer, secret = _quote(quote, quote_nonce)
     appraisal = verify(
         _read(evidence),
         trust=load_trust(trust),
@@ -168,13 +187,28 @@ def verify_evidence(
         nonce=_nonce(nonce),
         vm=vm,
         report_data=None if report_data is None else _report_data(report_data),
+        quote=answer,
+        quote_nonce=secret,
     )
     if json:
         print_json(ear(appraisal))
     else:
+        if appraisal.boot is not None:
+            _print_boot(appraisal.boot)
         _print(appraisal)
     if appraisal.failed:
         raise typer.Exit(REFUSED)
+
+
+def _quote(path: Path | None, nonce: str | None) -> tuple[bytes | None, bytes]:
+    """A quote, and what its TPM was challenged with."""
+    if (path is None) != (nonce is None):
+        raise UsageError(
+            "a quote and its nonce go together", hint="mktme quote writes one and prints the other"
+        )
+    if path is None or nonce is None:
+        return None, b""
+    return _read(path, QUOTE_MAX_BYTES + 1), _hex(nonce)
 
 
 def _print(appraisal: Appraisal) -> None:
@@ -187,6 +221,21 @@ def _print(appraisal: Appraisal) -> None:
         out.print(f"[red]REFUSED[/] by {escape(appraisal.policy)}: {failed} of {count} checks")
     else:
         out.print(f"[green]affirmed[/] by {escape(appraisal.policy)}: {count} checks")
+
+
+def _print_boot(boot: MeasuredBoot) -> None:
+    """What a guest booted: what is in quotation marks is only what GRUB calls it.
+
+    Whole digests are in the JSON.
+    """
+    table = make_table("Measured boot", "PCR", "what", "text, or its SHA-256")
+    for digest in boot.boot_loaders:
+        table.add_row("4", "boot loader", f"{digest.hex()[:16]}...")
+    for event in boot.files:
+        table.add_row("9", f'"{escape(event.label)}"', f"{event.sha256.hex()[:16]}...")
+    for text in boot.commands:
+        table.add_row("8", "command", escape(text))
+    out.print(table)
 
 
 def _signed(token: bytes) -> Evidence:
@@ -233,11 +282,11 @@ def _hex(text: str) -> bytes:
         raise UsageError("not hexadecimal", hint="two digits a byte, such as 00ff") from error
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, most: int = _TOKEN_MAX_BYTES) -> bytes:
     """A file that may be anything; of one that is too long, enough to be refused as such."""
     try:
         with path.open("rb") as file:
-            return file.read(_TOKEN_MAX_BYTES)
+            return file.read(most)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 MARKER: Final = (
     "mktme(guest='tiny', datapath='shadow', track='stores+pages', memory='512M', vcpus=1,"
     " algorithm='aes-xts-128', key_file=None, encrypt=True, check_tlb=False, machine='q35',"
-    " firmware='bios'):"
+    " firmware='bios', vtpm=False):"
     " the guest that the fixture mktme_vm boots; track=None for plain QEMU"
 )
 DRAM_BYTES: Final = 4 << 30
@@ -135,6 +135,7 @@ def vm_config(
     check_tlb: bool = False,
     machine: str = "q35",
     firmware: str = "bios",
+    vtpm: bool = False,
 ) -> VmConfig:
     """A guest's configuration from the marker's words, which are the command line's.
 
@@ -170,7 +171,7 @@ def vm_config(
             key_file=key_file,
             pages=tuple(parse_pages(one) for one in pages),
             check_tlb=check_tlb,
-            hardware=Hardware(Machine(machine), Firmware(firmware)),
+            hardware=Hardware(Machine(machine), Firmware(firmware), vtpm=vtpm),
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -134,8 +134,13 @@ def test_disk_has_both_loaders_and_a_root_they_find(recipes: Path, cache: Path) 
     assert efi[:2] == b"MZ"
     root = root_uuid(disk)
     assert f"search.fs_uuid {root} root".encode() in efi
+    # It measures the boot, and passes the log of it on to the kernel.
+    assert b"kernel_cmdline: " in efi
+    if Path("/usr/lib/grub/x86_64-efi/linuxefi.mod").exists():
+        assert b"set efi=efi" in efi
+        assert b"linuxefi" in efi
     config = debugfs(disk, "cat /boot/grub/grub.cfg")
-    assert f"linux /vmlinuz root=UUID={root} ro console=ttyS0\n" in config
+    assert f"linux$efi /vmlinuz root=UUID={root} ro console=ttyS0\n" in config
     assert debugfs(disk, "cat /etc/fstab").startswith(f"UUID={root} / ext4 ")
     assert "NoCloud" in debugfs(disk, "cat /etc/cloud/cloud.cfg.d/90_mktme.cfg")
 

@@ -51,7 +51,7 @@ def canonical_domain(domain: str) -> bytes:
         for element in root.findall(path):
             element.text = None
             element.attrib.pop("template", None)
-    for source in root.findall("devices/*/source"):
+    for source in root.findall("devices/*/source") + root.findall("devices/tpm/backend/source"):
         for name in ("file", "path", "index"):
             source.attrib.pop(name, None)
     option = ""

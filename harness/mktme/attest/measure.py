@@ -33,7 +33,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 from uuid import UUID
@@ -90,7 +90,7 @@ class Observation:
     _process: Path
     _files: Mapping[str, tuple[File, ...]]  # of each component
     _roms: Mapping[str, File]
-    _values: Mapping[str, bytes]
+    _digests: Mapping[str, bytes]  # of components that are no files, or will change
     debuggable: bool
 
     def measure(self, digests: Digests) -> Launch:
@@ -107,7 +107,7 @@ class Observation:
         except OSError as error:
             raise MeasurementError(f"QEMU's process is gone: {error.strerror}") from error
         with closing(root):
-            found = {name: hashlib.sha256(value).digest() for name, value in self._values.items()}
+            found = dict(self._digests)
             for name, files in self._files.items():
                 each = [digests.of(root, one) for one in files]
                 found[name] = each[0] if len(each) == 1 else _over(sorted(each))
@@ -116,13 +116,16 @@ class Observation:
         return Launch(tuple(Component(name, found[name]) for name in sorted(found)))
 
 
-def observe(pid: int, vm: UUID, domain: str, *, proc: Path = _PROC) -> Observation:
+def observe(
+    pid: int, vm: UUID, domain: str, *, tpm: int | None = None, proc: Path = _PROC
+) -> Observation:
     """Take down what a QEMU has loaded that executes nothing yet.
 
     Args:
         pid: its process.
         vm: the VM that it is to be.
         domain: the domain's XML, which must not contradict it.
+        tpm: the process of its vTPM, None without one.
         proc: where proc(5) is.
 
     Raises:
@@ -132,7 +135,11 @@ def observe(pid: int, vm: UUID, domain: str, *, proc: Path = _PROC) -> Observati
     try:
         arguments = arguments_of((process / "cmdline").read_bytes())
         with closing(Root(process)) as root:
-            return _observe(process, root, arguments, vm, domain)
+            observation = _observe(process, root, arguments, vm, domain)
+            if tpm is None:
+                return observation
+            executed = tuple(_executed(proc / str(tpm), root))
+            return replace(observation, _files={**observation._files, "tpm": executed})
     except OSError as error:
         raise MeasurementError(f"QEMU's process cannot be looked at: {error.strerror}") from error
 
@@ -155,22 +162,27 @@ def _observe(
         path = last(options, option)
         if path:
             files[component] = (root.look_at(path),)
-    for component, drive in (("firmware", "pflash0"), ("nvram", "pflash1")):
-        node = property_of(options, "-machine", drive)
-        if node:
-            files[component] = nodes.contents(root, node, is_disk=False)
+    firmware, nvram = (property_of(options, "-machine", f"pflash{unit}") for unit in (0, 1))
+    if firmware:
+        files["firmware"] = nodes.contents(root, firmware, is_disk=False)
     for number, node in enumerate(drives_of(options)):
         files[f"disk{number}"] = nodes.contents(root, node)
-    if len(files) + 4 > COMPONENTS_MAX:
+    if len(files) + 6 > COMPONENTS_MAX:
         raise MeasurementError(f"it has more than {COMPONENTS_MAX} components")
     values = {"domain": canonical_domain(domain), "options": canonical_options(options)}
     if "kernel" in files:
         values["command-line"] = last(options, "-append").encode()
+    digests = {name: hashlib.sha256(value).digest() for name, value in values.items()}
+    if nvram:
+        # Now, for firmware writes to it first thing.
+        variables = Digests()
+        each = [variables.of(root, one) for one in nodes.contents(root, nvram, is_disk=False)]
+        digests["nvram"] = each[0] if len(each) == 1 else _over(each)
     return Observation(
         process,
         files,
         _roms(root, options),
-        values,
+        digests,
         debuggable=any(name in DEBUGGERS for name, _value in options),
     )
 

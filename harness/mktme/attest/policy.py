@@ -40,6 +40,7 @@ class Policy:
         exclusion_range: whether KeyID 0 may leave a range, or all it has, unencrypted.
         debug: whether the engine or QEMU may be open to debuggers.
         vtpm: whether there must be a vTPM.
+        quote: whether it must have quoted the VM's boot.
         lifetime_s: how old evidence may be, seconds.
         clock_skew_s: how far clocks may be apart, seconds.
     """
@@ -55,6 +56,7 @@ class Policy:
     exclusion_range: bool = False
     debug: bool = False
     vtpm: bool = False
+    quote: bool = False
     lifetime_s: int = 300
     clock_skew_s: int = 30
 
@@ -157,6 +159,7 @@ _READERS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "exclusion-range": _flag,
     "debug": _flag,
     "vtpm": _flag,
+    "quote": _flag,
     "lifetime-s": _number(_MAX_SECONDS),
     "clock-skew-s": _number(_MAX_SECONDS),
 }

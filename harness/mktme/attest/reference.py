@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
@@ -12,11 +12,13 @@ import msgspec
 
 from mktme.attest.claims import Evidence, VmClaims
 from mktme.attest.errors import ReferenceValuesError
+from mktme.attest.tpm_quote import MeasuredBoot
 
 _MAX_BYTES: Final = 1 << 20
 _HINT: Final = "mktme reference EVIDENCE -o reference.json makes such a file"
 
 _Hex = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+_Pcr = Annotated[str, msgspec.Meta(pattern=r"\A[0-9]\Z")]
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -24,6 +26,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     version: Literal[1]
     code: tuple[_Hex, ...]
     launch: dict[str, tuple[_Hex, ...] | Literal["any"]]
+    pcrs: dict[_Pcr, tuple[_Hex, ...]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +37,12 @@ class Reference:
         code: of engines.
         launch: of each component that a VM is launched from, by its name; None where it may be
             anything, as the seed that tells a guest its own name.
+        pcrs: of a vTPM that is quoted, by their numbers; others may have any value.
     """
 
     code: frozenset[bytes]
     launch: Mapping[str, frozenset[bytes] | None]
+    pcrs: Mapping[int, frozenset[bytes]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, evidence: Evidence, vm: VmClaims) -> Self:
@@ -45,13 +50,26 @@ class Reference:
         launch = {one.name: frozenset((one.digest,)) for one in vm.launch.components}
         return cls(frozenset((evidence.code,)), launch)
 
+    def with_boot(self, boot: MeasuredBoot) -> Self:
+        """Take what a VM has booted for good, too, but for what is another in each VM.
+
+        That is its firmware's settings: among them are its UUID and the order of its disks (PCRs 1
+        and 5).
+        """
+        pcrs = {pcr: frozenset((value,)) for pcr, value in boot.pcrs.items() if pcr not in (1, 5)}
+        return replace(self, pcrs=pcrs)
+
     def also(self, other: Reference) -> Reference:
         """What either of two has."""
         launch = dict(self.launch)
         for name, values in other.launch.items():
             mine = launch.get(name, frozenset())
             launch[name] = None if mine is None or values is None else mine | values
-        return Reference(self.code | other.code, launch)
+        pcrs = {
+            pcr: self.pcrs.get(pcr, frozenset()) | other.pcrs.get(pcr, frozenset())
+            for pcr in self.pcrs.keys() | other.pcrs.keys()
+        }
+        return Reference(self.code | other.code, launch, pcrs)
 
     def accepting_any(self, components: Iterable[str]) -> Reference:
         """The same, but that some components may be anything.
@@ -66,7 +84,7 @@ class Reference:
                     f"no component {name!r}", hint=f"there are: {', '.join(launch)}"
                 )
             launch[name] = None
-        return Reference(self.code, launch)
+        return replace(self, launch=launch)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -102,6 +120,7 @@ class Reference:
                 name: None if values == "any" else frozenset(map(bytes.fromhex, values))
                 for name, values in file.launch.items()
             },
+            {int(pcr): frozenset(map(bytes.fromhex, one)) for pcr, one in file.pcrs.items()},
         )
 
     def encode(self) -> bytes:
@@ -114,6 +133,7 @@ class Reference:
                 name: "any" if values is None else _hex(values)
                 for name, values in sorted(self.launch.items())
             },
+            pcrs={str(pcr): _hex(self.pcrs[pcr]) for pcr in sorted(self.pcrs)},
         )
         return msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n"
 

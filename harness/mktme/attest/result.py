@@ -13,6 +13,7 @@ from uuid import UUID
 
 from mktme.attest.claims import Evidence
 from mktme.attest.errors import AttestationError
+from mktme.attest.tpm_quote import MeasuredBoot
 
 EAR_PROFILE: Final = "tag:github.com,2023:veraison/ear"
 """As Veraison's and Trustee's verifiers name it."""
@@ -74,6 +75,7 @@ class Appraisal:
         vm: which VM it was about; None if there is none.
         policy: name of the policy.
         at: when, seconds since 1970.
+        boot: what it booted, if its vTPM proved it; None otherwise.
     """
 
     checks: tuple[Check, ...]
@@ -81,6 +83,7 @@ class Appraisal:
     vm: UUID | None
     policy: str
     at: int
+    boot: MeasuredBoot | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -136,6 +139,12 @@ def ear(appraisal: Appraisal) -> dict[str, Any]:
             for one in appraisal.checks
         ],
     }
+    if (boot := appraisal.boot) is not None:
+        submodule["mktme.boot"] = {
+            "boot-loaders": [digest.hex() for digest in boot.boot_loaders],
+            "commands": list(boot.commands),
+            "files": [{"name": one.label, "sha256": one.sha256.hex()} for one in boot.files],
+        }
     result: dict[str, Any] = {
         "eat_profile": EAR_PROFILE,
         "iat": appraisal.at,

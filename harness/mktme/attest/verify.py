@@ -21,6 +21,7 @@ from mktme.attest.policy import Policy
 from mktme.attest.reference import Reference
 from mktme.attest.result import Appraisal, Check, Verdict
 from mktme.attest.token import Token
+from mktme.attest.tpm_quote import MeasuredBoot, QuoteError, TpmQuote, verify_quote
 
 __all__ = ["load_trust", "verify"]
 
@@ -38,6 +39,8 @@ def verify(
     vm: UUID | None = None,
     now: dt.datetime | None = None,
     report_data: bytes | None = None,
+    quote: bytes | None = None,
+    quote_nonce: bytes = b"",
 ) -> Appraisal:
     """Appraise what a platform says of one of its VMs.
 
@@ -50,9 +53,13 @@ def verify(
         vm: which VM; None for the only one that it is about.
         now: when, with a time zone; None for now.
         report_data: what must be in it, 64 bytes; None for whatever is.
+        quote: what the VM's vTPM says of its boot, a `TpmQuote` as it came; None if it was not
+            asked.
+        quote_nonce: the secret of the challenge that it was asked with.
     """
     at = dt.datetime.now(dt.UTC) if now is None else now
     checks: list[Check] = []
+    boot = None
     evidence = _open(token, trust, at, checks)
     claims = None
     if evidence is not None:
@@ -65,12 +72,15 @@ def verify(
         checks += _platform_checks(evidence, claims, policy, reference)
         if claims is not None:
             checks += _vm_checks(claims, policy, reference)
+            check, boot = _quote(claims, quote, quote_nonce, policy, reference)
+            checks.append(check)
     return Appraisal(
         checks=tuple(checks),
         evidence=evidence,
         vm=vm if claims is None else claims.uuid,
         policy=policy.name,
         at=int(at.timestamp()),
+        boot=boot,
     )
 
 
@@ -259,6 +269,22 @@ def _exceptions(vm: VmClaims, policy: Policy) -> Check:
     if size > policy.exceptions_max:
         return _no("exceptions", f"{found}; {policy.exceptions_max:,} are allowed")
     return _yes("exceptions", f"{found}: allowed")
+
+
+def _quote(
+    vm: VmClaims, quote: bytes | None, nonce: bytes, policy: Policy, reference: Reference
+) -> tuple[Check, MeasuredBoot | None]:
+    if quote is None:
+        check = _decide("vtpm:quote", not policy.quote, "none is demanded", "there is none")
+        return check, None
+    try:
+        answer = TpmQuote.decode(quote)
+        boot = verify_quote(answer, vtpm=vm.vtpm, nonce=nonce, reference=reference.pcrs)
+    except QuoteError as error:
+        return _no(error.check, str(error)), None
+    which = ", ".join(map(str, sorted(reference.pcrs)))
+    found = f"PCRs {which} as in the reference" if which else "no PCR is in the reference"
+    return _yes("vtpm:quote", f"its boot is what the event log says; {found}"), boot
 
 
 def _names(values: Collection[Enum]) -> str:

@@ -25,6 +25,7 @@ The whole tree, outer layers included (each layer defines its own branch)::
     ├── ProtocolError               mktme.service.wire: not a message of the control protocol
     ├── RoleError                   mktme.service.wire: not for a connection of that role
     ├── CaptureError                mktme.service.captures: DRAM cannot be captured now
+    ├── VtpmError                   mktme.service.vtpm: a VM's TPM could not be made
     ├── LimitError                  mktme.service.limits: more than one peer can have
     ├── ServiceError                mktme.service.client: the engine could not be asked
     │   ├── EngineGoneError         its process or connection ended
@@ -42,13 +43,15 @@ The whole tree, outer layers included (each layer defines its own branch)::
     ├── WireError                   mktme.remote.wire: no message between two hosts
     ├── GuestRamError               mktme.proof.guest_ram: RAM that cannot be read
     ├── KeySearchError              mktme.proof.custody: what cannot be searched for keys
-    ├── AttestationError            mktme.attest.errors: root of the next seven
+    ├── AttestationError            mktme.attest.errors: root of the next nine
     │   ├── TokenError              what is no evidence
     │   ├── CertificateError        a certificate, chain or CA that cannot be used
     │   ├── MeasurementError        a launch that cannot be measured
     │   ├── PolicyError             a policy that cannot be appraised
     │   ├── ReferenceValuesError    reference values that cannot be read
     │   ├── JweError                a JWE that cannot be opened
+    │   ├── TpmFormatError          mktme.attest.marshal: no structure of a TPM's
+    │   ├── QuoteError              mktme.attest.tpm_quote: a quote that is not to be believed
     │   └── RefusedError            mktme.attest.result: evidence that is not affirmed
     ├── BrokerError                 mktme.broker.errors: root of the next eight
     │   ├── BrokerSetupError        what an administrator asked for makes no sense

@@ -222,6 +222,7 @@ class _Session:
             pages=(),
             nvdimm=None,
             check_tlb=False,
+            hardware=dataclasses.replace(config.hardware, vtpm=False),
         )
         with ExitStack() as stack:
             reference = self._boot(stack, plain, "plain", "plain").report()

@@ -180,7 +180,7 @@ class Attestation:
             exceptions=self._exceptions(vm),
             report_data=report_data,
             recipient_key=RecipientKey.of(vm.recipient.public_key()),
-            vtpm=vm.vtpm,
+            vtpm=None if vm.vtpm is None else vm.vtpm.endorsement_key,
             debug=_debug_status(observation.debuggable),
             fault=None if vm.fault is None else _on_one_line(vm.fault),
         )
@@ -230,7 +230,8 @@ def look_at(vm: Vm, pid: int) -> tuple[Observation | None, str]:
     if vm.domain is None:
         return None, "the engine was not told what its domain is"
     try:
-        return observe(pid, vm.uuid, vm.domain), ""
+        tpm = None if vm.vtpm is None else vm.vtpm.pid
+        return observe(pid, vm.uuid, vm.domain, tpm=tpm), ""
     except MeasurementError as error:
         return None, str(error)
 

@@ -149,6 +149,10 @@ class EngineClient:
         )
         return self._call(request, wire.VmAdded)
 
+    def add_vtpm(self, vm: UUID) -> wire.VtpmAdded:
+        """Give a VM a TPM, before its QEMU is started."""
+        return self._call(wire.AddVtpm(vm=vm), wire.VtpmAdded)
+
     def remove_vm(self, vm: UUID) -> None:
         """Forget a VM and clear its KeyID; its ciphertext stays."""
         self._call(wire.RemoveVm(vm=vm), wire.Done)

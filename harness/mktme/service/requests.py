@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from pathlib import Path
 from uuid import UUID
@@ -31,6 +31,7 @@ from mktme.service.custody import Custody
 from mktme.service.drains import Drains, unlink
 from mktme.service.keyids import KeyIds
 from mktme.service.vms import Vm, describe, own_memory, vm_status
+from mktme.service.vtpm import Vtpm, VtpmError
 
 
 class Requests:
@@ -43,6 +44,7 @@ class Requests:
         drains: how a VM's writes get into DRAM.
         announce: tells the control clients of an event.
         identity: who signs evidence; None for one that a CA of its own certifies.
+        make_vtpm: makes a TPM for a VM.
 
     Attributes:
         captures: those of this DRAM.
@@ -56,6 +58,7 @@ class Requests:
         drains: Drains,
         announce: Callable[[wire.Event], None],
         identity: Identity | None = None,
+        make_vtpm: Callable[[UUID], Awaitable[Vtpm]] | None = None,
     ) -> None:
         self.dram = dram
         self.package = Package(dram, config)
@@ -63,6 +66,7 @@ class Requests:
         self.vms: dict[UUID, Vm] = {}
         self._custody = custody
         self._drains = drains
+        self._make_vtpm = make_vtpm
         self._keyids = KeyIds(self.package, self.vms, drains)
         self._attestation = Attestation(
             identity or Identity.create(), self.package, self.vms, self._keyids
@@ -92,12 +96,16 @@ class Requests:
             case wire.AddVm():
                 async with self._keyids.lock:
                     return await self._add_vm(request)
+            case wire.AddVtpm(vm=uuid):
+                return await self._add_vtpm(self._vm(uuid))
             case wire.RemoveVm(vm=uuid):
                 async with self._keyids.lock:
                     leaving = self._vm(uuid)
                     await self._drains.persist(leaving)
                     await self._before_taken_out(leaving)
                     self._remove_vm(leaving)
+                if leaving.vtpm is not None:
+                    await leaving.vtpm.close()
             case wire.FlushVm(vm=uuid):
                 await self._drains.flush(self._vm(uuid))
             case wire.ReadVm():
@@ -145,10 +153,14 @@ class Requests:
                 await self._discard(request)
             case wire.PowerPlatform(event=event):
                 async with self._keyids.lock:
-                    for one in tuple(self.vms.values()):
+                    leaving_vms = tuple(self.vms.values())
+                    for one in leaving_vms:
                         await self._drains.persist(one)
                         await self._before_taken_out(one)
                     self._power(event)
+                for one in leaving_vms:
+                    if one.vtpm is not None:
+                        await one.vtpm.close()
             case wire.DescribeDomain(vm=uuid, xml=xml):
                 vm = self._vm(uuid)
                 if vm.link is not None:
@@ -168,10 +180,12 @@ class Requests:
         self.captures.leave(client)
 
     def close(self) -> None:
-        """End every link."""
+        """End every link, and every TPM."""
         for vm in self.vms.values():
             unlink(vm)
             self._take_out(vm)
+            if vm.vtpm is not None:
+                vm.vtpm.kill()
 
     def _vm(self, uuid: UUID) -> Vm:
         try:
@@ -224,6 +238,16 @@ class Requests:
             dimm_bytes=request.dimm_bytes,
         )
         return wire.VmAdded(keyid=keyid, base=region.base)
+
+    async def _add_vtpm(self, vm: Vm) -> wire.VtpmAdded:
+        if self._make_vtpm is None or vm.vtpm is not None or vm.link is not None:
+            raise VtpmError(f"VM {vm.name} has a TPM already, or runs without")
+        vtpm = await self._make_vtpm(vm.uuid)
+        if self.vms.get(vm.uuid) is not vm or vm.vtpm is not None or vm.link is not None:
+            await vtpm.close()
+            raise VtpmError(f"VM {vm.name} is another by now")
+        vm.vtpm = vtpm
+        return wire.VtpmAdded(socket=str(vtpm.socket), endorsement_key=vtpm.endorsement_key)
 
     def _known_nvdimm(self, wanted: wire.NvdimmFile | None) -> Nvdimm | None:
         """The NVDIMM that a VM asks for, if it was made before."""

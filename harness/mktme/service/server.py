@@ -48,6 +48,7 @@ from mktme.service.faults import Faults
 from mktme.service.limits import LimitError, TokenBucket, WaitingRoom
 from mktme.service.requests import Requests
 from mktme.service.vms import AnyDataPath, Vm
+from mktme.service.vtpm import Vtpm
 
 log = logging.getLogger(__name__)
 
@@ -111,8 +112,16 @@ class EngineServer:
         self._audit = audit
         self._drains = Drains(self._announce)
         self._faults = Faults(self._drains, self._announce)
-        self._requests = Requests(dram, config, custody, self._drains, self._announce, identity)
         self._peer_uids = peer_uids | {os.geteuid()}
+        self._requests = Requests(
+            dram,
+            config,
+            custody,
+            self._drains,
+            self._announce,
+            identity,
+            lambda vm: Vtpm.create(run_dir, vm, self._peer_uids),
+        )
         self._shared_ownership = shared_ownership
         self._clients: set[_Client] = set()  # those that said Hello
         self._silent_clients = WaitingRoom(limits.WAITING_CONNECTIONS)
@@ -396,6 +405,8 @@ class EngineServer:
             raise LinkError("hello with more bytes or descriptors than one can have")
         hello = ram_link.decode_hello(message)
         vm = self._expected(hello)
+        if vm.vtpm is not None and vm.vtpm.client_pid != pid:
+            raise LinkError(f"VM {vm.name}: its QEMU is not who has its TPM")
         left.pop_all()
         left.callback(connection.close)
         # It owns the descriptors, also when it fails.

@@ -38,6 +38,7 @@ from mktme.engine.sidecar import (
 )
 from mktme.engine.xts import LINE_BYTES, PAGE_BYTES
 from mktme.service import wire
+from mktme.service.vtpm import Vtpm
 
 AnyDataPath: TypeAlias = ShadowDataPath | InlineDataPath
 
@@ -65,6 +66,7 @@ class Vm:
     policy: Policy = Policy.TWO_QUEUES
     nvdimm: Nvdimm | None = None
     dimm_bytes: int = 0
+    vtpm: Vtpm | None = None
     further_keyids: list[int] = field(default_factory=list)
     link: VmLink | None = None
     path: AnyDataPath | None = None
@@ -80,7 +82,6 @@ class Vm:
     launch: Launch | None = None  # once it was measured
     unmeasured: str = "its QEMU is not linked"  # why there is no observation
     recipient: ec.EllipticCurvePrivateKey = field(default_factory=_new_recipient, repr=False)
-    vtpm: bytes | None = None  # SHA-256 of its endorsement key
 
     def renew_recipient(self) -> None:
         """Make another recipient key: what was encrypted to the old one is lost with it."""

@@ -135,6 +135,12 @@ class AddVm(_Command, frozen=True):
     dimm_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
+class AddVtpm(_Command, frozen=True):
+    """Give a VM a TPM, before its QEMU is started; it goes with the VM."""
+
+    vm: UUID
+
+
 class RemoveVm(_Command, frozen=True):
     """Forget a VM: its link is closed, its KeyID cleared, its DRAM set free."""
 
@@ -446,6 +452,7 @@ class ReleaseKey(_Command, frozen=True):
 Command: TypeAlias = (
     GetStatus
     | AddVm
+    | AddVtpm
     | RemoveVm
     | FlushVm
     | ReadVm
@@ -516,6 +523,18 @@ class VmAdded(Message, frozen=True):
 
     keyid: int
     base: int
+
+
+class VtpmAdded(Message, frozen=True):
+    """The TPM is made.
+
+    Attributes:
+        socket: where the VM's QEMU, and nobody else, is to connect to it.
+        endorsement_key: SHA-256 of its EK (DER, SubjectPublicKeyInfo), 32 bytes.
+    """
+
+    socket: str
+    endorsement_key: bytes
 
 
 class KeyProgrammed(Message, frozen=True):
@@ -723,6 +742,7 @@ Reply: TypeAlias = (
     | Done
     | Failure
     | VmAdded
+    | VtpmAdded
     | KeyProgrammed
     | MsrValue
     | PconfigDone

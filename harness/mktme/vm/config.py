@@ -172,6 +172,11 @@ def check_config(config: VmConfig) -> None:
             f"{config.memory_bytes >> 20} MiB are too little for {config.image.name}",
             hint=f"--memory {MIN_DISK_MEMORY_BYTES >> 20}M or more",
         )
+    if config.hardware.vtpm and (config.plain or config.hardware.firmware is not Firmware.UEFI):
+        raise UsageError(
+            "a vTPM is the engine's, and measures a boot by UEFI",
+            hint="--guest debian-12 --firmware uefi",
+        )
     if config.ssh_port is not None:
         check_port(config.ssh_port)
     if config.pages and config.plain:

@@ -66,7 +66,7 @@ __all__ = [
     "verify_disk",
 ]
 
-_FORMAT = 1
+_FORMAT = 2
 """Part of every image's key: raise it when this module builds something else from a recipe."""
 
 _BUILD_ROOT = RECIPES_DIR / "build-root"

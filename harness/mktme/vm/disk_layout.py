@@ -37,13 +37,16 @@ _BEYOND_CHS = b"\xfe\xff\xff"
 
 
 def grub_config(cmdline: str, root: UUID) -> str:
-    """grub.cfg: no menu and no delay; GRUB speaks on the serial line only."""
+    """grub.cfg: no menu and no delay; GRUB speaks on the serial line only.
+
+    For `$efi` see `make_bootable`.
+    """
     return f"""\
 serial --unit=0 --speed=115200
 terminal_input serial
 terminal_output serial
-linux /vmlinuz root=UUID={root} ro {cmdline}
-initrd /initrd.img
+linux$efi /vmlinuz root=UUID={root} ro {cmdline}
+initrd$efi /initrd.img
 boot
 """
 
@@ -60,10 +63,17 @@ def make_bootable(disk: Path, root: UUID, work: Path) -> None:
         ImageError: GRUB or a tool is missing, or fails.
     """
     early = work / "grub-early.cfg"
-    early.write_text(f"search.fs_uuid {root} root\nset prefix=($root)/boot/grub\n")
+    find_root = f"search.fs_uuid {root} root\nset prefix=($root)/boot/grub\n"
+    early.write_text(find_root)
     core, efi = work / "core.img", work / "bootx64.efi"
     _grub_image("i386-pc", core, early, "biosdisk")
-    _grub_image("x86_64-efi", efi, early)
+    # `tpm` measures what GRUB reads and does, if there is a TPM. Up to 2.06, Debian's GRUB starts
+    # a kernel by its EFI stub, which passes on the log of that, as `linuxefi`; later ones always.
+    modules = ["tpm"]
+    if (_GRUB_DIR / "x86_64-efi" / "linuxefi.mod").exists():
+        early.write_text(f"{find_root}set efi=efi\nexport efi\n")
+        modules.append("linuxefi")
+    _grub_image("x86_64-efi", efi, early, *modules)
     boot = _read(_GRUB_DIR / "i386-pc" / "boot.img")
     core_data = core.read_bytes()
     if SECTOR_BYTES + len(core_data) > ESP_OFFSET_BYTES:

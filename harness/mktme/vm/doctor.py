@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -71,6 +72,7 @@ def examine() -> list[Finding]:
         ("userfaultfd", _userfaultfd),
         ("PAGEMAP_SCAN", _pagemap_scan),
         ("inline data path", _inline),
+        ("vTPM", _vtpm),
         ("guest image", _image),
         ("memory", _memory),
         ("disk", _disk),
@@ -140,6 +142,19 @@ def _pagemap_scan() -> str:
 def _inline() -> str:
     require_fault_handling()
     return "userfaultfd stops system calls, too"
+
+
+def _vtpm() -> str:
+    """The engine has it keep a TPM's state encrypted."""
+    command = ["swtpm_setup", "--tpm2", "--print-capabilities"]
+    try:
+        probe = subprocess.run(command, capture_output=True, timeout=_PROBE_TIMEOUT_S, check=True)
+        found = json.loads(probe.stdout)
+        if {"tpm-2.0", "cmdarg-keyfile-fd"} <= set(found["features"]):
+            return f"swtpm {found['version']}"
+    except (OSError, ValueError, LookupError, subprocess.SubprocessError) as error:
+        raise EnvironmentUnfitError(f"swtpm does not run: {error}", hint=_SETUP) from error
+    raise EnvironmentUnfitError("swtpm is too old", hint=_SETUP)
 
 
 def _image() -> str:

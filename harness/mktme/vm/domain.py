@@ -439,6 +439,7 @@ class Domain:
             EnvironmentUnfitError: this libvirt cannot for this QEMU.
             VmError: libvirt could not, and the guest goes on as before; or it is gone.
         """
+        self.require_state()
         self._host.require_migration()
         # "sparse" is a file that QEMU writes itself, where its pages have fixed places. Of the
         # others libvirt makes a stream through a program that is not a part of its QEMU driver.
@@ -451,6 +452,15 @@ class Domain:
         except libvirt.libvirtError as error:
             kind = VmError if self.is_active else VmLostError
             raise kind(self.reason(f"{self.label} was not saved: {error}")) from error
+
+    def require_state(self) -> None:
+        """Check that its state can be in a file: not that of a TPM, which would be in two places.
+
+        Raises:
+            VmError: it has a TPM.
+        """
+        if self.spec.vtpm is not None:
+            raise VmError(f"{self.label} has a vTPM, which is neither saved nor put back")
 
     def restore(self, state: Path) -> None:
         """Start a guest that was saved in a QEMU of its own, and leave it paused.

@@ -60,6 +60,7 @@ class DomainSpec:
         console_socket: where QEMU is to listen for the serial console.
         boot: for a guest that boots its disk; None for one whose kernel QEMU loads.
         hardware: what else it has.
+        vtpm: where the engine has its TPM, None for a guest without.
     """
 
     name: str
@@ -76,6 +77,7 @@ class DomainSpec:
     hardware: Hardware = USUAL_HARDWARE
     nvdimm_bytes: int = 0
     dimms: tuple[int, ...] = ()
+    vtpm: Path | None = None
 
     @property
     def modules(self) -> list[Module]:
@@ -150,6 +152,10 @@ def domain_xml(spec: DomainSpec) -> str:
         _child(_disk(devices, "vdb", spec.boot.seed, "raw"), "readonly")
     if spec.disk is not None:
         _disk(devices, "vda" if spec.boot is None else "vdc", spec.disk, "raw")
+    if spec.vtpm is not None:
+        # Not libvirt's own <backend type='emulator'>: the engine would not know whose EK it is.
+        backend = _child(_child(devices, "tpm", model="tpm-crb"), "backend", type="external")
+        _child(backend, "source", type="unix", mode="connect", path=str(spec.vtpm))
     for device in spec.hardware.devices:
         devices.append(ET.fromstring(device))
     # A guest that loads the driver gives back what it does not use, and DRAM holds less of it.

@@ -41,12 +41,14 @@ class Hardware:
         firmware: what boots it, if that is from its disk.
         devices: libvirt's XML for further devices, an element of ``<devices>`` each.
         arguments: further options of QEMU's, for what libvirt has no XML for.
+        vtpm: whether it has a TPM 2.0, which UEFI measures the boot with.
     """
 
     machine: Machine = Machine.Q35
     firmware: Firmware = Firmware.BIOS
     devices: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
+    vtpm: bool = False
 
 
 USUAL_HARDWARE: Final = Hardware()

@@ -346,6 +346,9 @@ class Platform:
                     assign_pages(self.engine, one, pages, offset, config.algorithm)
                 vm_fields = {"keyid": added.keyid, "base": added.base}
                 plugin = self._plugin_argument(one, config)
+            vtpm = None
+            if config.hardware.vtpm:
+                vtpm = Path(self.engine.add_vtpm(one).socket)
             boot_disk = None
             if isinstance(config.image, DiskImage):
                 layer = self._boot_disk(one, config.image, config, belongings)
@@ -365,6 +368,7 @@ class Platform:
                 hardware=config.hardware,
                 nvdimm_bytes=config.nvdimm_bytes,
                 dimms=config.dimms,
+                vtpm=vtpm,
             )
             if not config.plain:
                 self.engine.describe_domain(one, domain_xml(spec))

@@ -33,10 +33,11 @@ class Snapshots:
         path: the file; it is made anew.
 
     Raises:
-        VmError: QEMU could not make it, or has such a file open already.
+        VmError: QEMU could not make it, or has such a file open already; or the guest has a TPM.
     """
 
     def __init__(self, domain: Domain, path: Path) -> None:
+        domain.require_state()
         self._domain = domain
         path.touch(mode=0o600)
         domain.qmp("blockdev-add", driver="file", filename=str(path), **{"node-name": _FILE})

@@ -43,6 +43,7 @@ def test_true_evidence_is_affirmed(platform: Platform) -> None:
         "format", "signature", "chain", "freshness", "time", "vm", "locked", "exclusion", "debug",
         "code", "launch:command-line", "launch:kernel", "key-size", "key-mode", "key-source",
         "data-path", "integrity", "exceptions", "fault", "vtpm",
+        "vtpm:quote",
     ]  # fmt: skip
     appraisal.require()
 
@@ -70,6 +71,7 @@ def test_of_two_vms_one_is_named(platform: Platform) -> None:
         ("chain", {"trust": Platform().trust}),
         ("code", {"reference": Reference(frozenset(), {})}),
         ("vtpm", {"policy": dataclasses.replace(POLICY, vtpm=True)}),
+        ("vtpm:quote", {"policy": dataclasses.replace(POLICY, quote=True)}),
         ("key-size", {"policy": dataclasses.replace(POLICY, key_size=256)}),
     ],
 )

@@ -25,6 +25,7 @@ CHECKS = {
     "_userfaultfd": "userfaultfd",
     "_pagemap_scan": "PAGEMAP_SCAN",
     "_inline": "inline data path",
+    "_vtpm": "vTPM",
     "_image": "guest image",
     "_memory": "memory",
     "_disk": "disk",
@@ -115,6 +116,28 @@ def test_qemu_that_hangs(emulator: Callable[[str], None], monkeypatch: pytest.Mo
     emulator("exec cat /dev/zero >/dev/null")
     with pytest.raises(EnvironmentUnfitError, match="timed out"):
         doctor._plugin()
+
+
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [
+        ("echo '{}'", "does not run"),
+        ("echo no JSON", "does not run"),
+        ("exit 1", "does not run"),
+        ("""echo '{"features": ["tpm-1.2"], "version": "0.5"}'""", "too old"),
+        (None, "does not run"),
+    ],
+)
+def test_swtpm_that_will_not_do(
+    script: str | None, found: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if script is not None:
+        (tmp_path / "swtpm_setup").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "swtpm_setup").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EnvironmentUnfitError, match=found) as caught:
+        doctor._vtpm()
+    assert caught.value.hint == "make setup"
 
 
 def test_missing_qemu11_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:

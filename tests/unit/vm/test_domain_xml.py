@@ -22,6 +22,7 @@ from mktme.vm.domain_xml import DomainSpec, domain_xml
 from mktme.vm.guest_map import guest_ram_ranges, modules_of, ram_below_4g
 from mktme.vm.host import Host
 from mktme.vm.images import GuestImage, Manifest, Package
+from mktme.vm.snapshots import Snapshots
 
 MIB, GIB = 1 << 20, 1 << 30
 QEMU = "{http://libvirt.org/schemas/domain/qemu/1.0}"
@@ -265,6 +266,16 @@ def test_each_offset_has_its_address(tmp_path: Path) -> None:
     for index in (-1, 1):
         with pytest.raises(VmError, match="has 1 DIMMs"):
             domain.plug_in(index)
+
+
+def test_state_of_a_tpm_gets_into_no_file(tmp_path: Path) -> None:
+    spec = dataclasses.replace(SPEC, vtpm=tmp_path / "one.tpm")
+    host = cast("Host", SimpleNamespace(qemu_log=lambda _name: ""))
+    domain = Domain(host, spec, tmp_path / "log", "alice")
+    for keep in (domain.save, lambda path: Snapshots(domain, path)):
+        with pytest.raises(VmError, match="neither saved nor put back"):
+            keep(tmp_path / "state")
+    assert not (tmp_path / "state").exists()
 
 
 def test_modules_are_memfds_and_no_files() -> None:

@@ -62,6 +62,15 @@ def test_uefi_has_variables_of_its_own() -> None:
     assert nvram.attrib["template"].endswith("OVMF_VARS_4M.fd")
 
 
+def test_tpm_is_the_engines() -> None:
+    domain = parsed(dataclasses.replace(DISK_SPEC, vtpm=Path("/run/one.tpm")))
+    assert attributes(domain, "devices/tpm") == {"model": "tpm-crb"}
+    assert attributes(domain, "devices/tpm/backend") == {"type": "external"}
+    source = {"type": "unix", "mode": "connect", "path": "/run/one.tpm"}
+    assert attributes(domain, "devices/tpm/backend/source") == source
+    assert parsed(DISK_SPEC).find("devices/tpm") is None
+
+
 def test_further_devices_and_options_are_passed_on() -> None:
     rng = "<rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>"
     hardware = Hardware(Machine.PC, devices=(rng,), arguments=("-device", "edu"))
@@ -112,6 +121,9 @@ def test_pages_lie_where_the_chipset_has_them() -> None:
     assert pages.ram_offset(5 * GIB, Machine.PC) == 3 * GIB
 
 
+UEFI_VTPM = Hardware(firmware=Firmware.UEFI, vtpm=True)
+
+
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
@@ -119,6 +131,9 @@ def test_pages_lie_where_the_chipset_has_them() -> None:
         (VmConfig(IMAGE, hardware=Hardware(firmware=Firmware.UEFI)), "boots from no disk"),
         (VmConfig(DISK_IMAGE, memory_bytes=192 * MIB), "too little for debian-12"),
         (VmConfig(DISK_IMAGE, ssh_port=1 << 20), "cannot be had"),
+        (VmConfig(IMAGE, hardware=Hardware(vtpm=True)), "a boot by UEFI"),
+        (VmConfig(DISK_IMAGE, hardware=Hardware(vtpm=True)), "a boot by UEFI"),
+        (VmConfig(DISK_IMAGE, track=None, hardware=UEFI_VTPM), "the engine's"),
     ],
 )
 def test_what_makes_no_sense_is_refused(config: VmConfig, problem: str) -> None:
