@@ -347,3 +347,22 @@ def test_the_code_digest_is_of_each_file(tmp_path: Path) -> None:
     assert code_digest(tmp_path) == digest
     (tmp_path / "sub/b.py").write_bytes(b"b")
     assert code_digest(tmp_path) != digest
+
+
+def test_variables_are_those_from_before_firmware_writes_them(launched: Launched) -> None:
+    variables = launched.file("variables", b"as they come")
+    node = {"driver": "file", "filename": str(variables), "node-name": "v"}
+    launched.extra = ["-blockdev", json.dumps(node), "-machine", "pflash1=v"]
+    domain = launched.domain().replace("</os>", f"<nvram>{variables}</nvram></os>")
+    with process(launched.arguments()) as pid:
+        observation = observe(pid, VM, domain)
+        variables.write_bytes(b"what firmware made of them")
+        found = observation.measure(Digests()).by_name()
+    assert found["nvram"] == hashlib.sha256(b"as they come").digest()
+
+
+def test_program_of_a_tpm_is_a_component(launched: Launched) -> None:
+    with process(launched.arguments()) as pid, process([]) as tpm:
+        found = observe(pid, VM, launched.domain(), tpm=tpm).measure(Digests()).by_name()
+        without = observe(pid, VM, launched.domain()).measure(Digests()).by_name()
+    assert found.keys() - without.keys() == {"tpm"}
