@@ -49,6 +49,7 @@ from mktme.cli_options import (
 from mktme.cli_options import ExitCode as ExitCode  # part of this module for others
 from mktme.cli_output import err, make_table, out
 from mktme.cli_platform import platform_app
+from mktme.cli_provision import provision_app
 from mktme.cli_quote import quote
 from mktme.cli_report import Page, report_page
 from mktme.cli_tamper import tamper
@@ -74,6 +75,7 @@ from mktme.proof.bench import CONFIGURATIONS, BenchReport, bench
 from mktme.proof.demand import demo_demand, run_demand
 from mktme.proof.isolation import IsolationMatrix
 from mktme.proof.report import Check, GuestReport, RunReport, write_json
+from mktme.provision.errors import LeftOffError
 from mktme.remote.receiver import receive
 from mktme.report.document import ReportError
 from mktme.service.client import EngineRefusedError
@@ -138,11 +140,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     epilog="Exit status: 0 all well, 1 a proof failed, 2 usage, 3 this machine is not fit"
-    " (mktme doctor), 4 the run itself failed, 130 interrupted.",
+    " (mktme doctor), 4 the run itself failed, 5 something is to be done (provision plan"
+    " --exit-code), 130 interrupted.",
 )
 app.add_typer(platform_app, name="platform")
 app.add_typer(keyid_app, name="keyid")
 app.add_typer(dump_app, name="dump")
+app.add_typer(provision_app, name="provision")
 app.add_typer(broker_app, name="broker")
 app.command()(tamper)
 app.command()(features)
@@ -463,6 +467,8 @@ def main() -> None:
 
 
 def _exit_code(error: MktmeError) -> ExitCode:
+    if isinstance(error, LeftOffError):
+        return ExitCode.INTERRUPTED
     name = error.error if isinstance(error, EngineRefusedError) else ""
     if isinstance(error, _USAGE_ERRORS) or name in _ENGINE_USAGE_ERRORS:
         return ExitCode.USAGE

@@ -28,6 +28,8 @@ class ExitCode(enum.IntEnum):
     USAGE = 2
     ENVIRONMENT = 3
     RUN_FAILED = 4
+    CHANGES = 5
+    """`mktme provision plan --exit-code`: something is to be done."""
     INTERRUPTED = 130
 
 

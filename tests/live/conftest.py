@@ -42,6 +42,7 @@ class Command:
 
     tmpdir: Path
     started: list[subprocess.Popen[str]] = field(default_factory=list)
+    timeout_s: float = COMMAND_TIMEOUT_S
 
     def start(self, *arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         process = subprocess.Popen(
@@ -58,7 +59,7 @@ class Command:
         return process
 
     def finish(self, process: subprocess.Popen[str]) -> tuple[int, str, str]:
-        out, err = process.communicate(timeout=COMMAND_TIMEOUT_S)
+        out, err = process.communicate(timeout=self.timeout_s)
         return process.returncode, out, err
 
     def run(self, *arguments: str, prefix: tuple[str, ...] = ()) -> tuple[int, str, str]:

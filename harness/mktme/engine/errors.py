@@ -32,7 +32,10 @@ The whole tree, outer layers included (each layer defines its own branch)::
     │   └── EngineRefusedError      it answered with a failure
     ├── EnvironmentUnfitError       mktme.vm.host: this machine lacks something
     ├── UsageError                  mktme.vm.host: an option value that makes no sense
-    │   └── BypassError             mktme.vm.bypass: what would bypass a guest's data path
+    │   ├── BypassError             mktme.vm.bypass: what would bypass a guest's data path
+    │   └── TenantsError            mktme.provision.errors: a tenants.toml that says nothing
+    ├── ProvisionError              mktme.provision.errors: what the provisioner could not do
+    │   └── LeftOffError            it goes on without the command that asked it
     ├── UnknownGuestError           mktme.vm.images: no recipe of that name
     ├── ImageError                  mktme.vm.images: a guest image that cannot be built or trusted
     ├── VmError                     mktme.vm.console: a guest that did not do as expected

@@ -28,6 +28,7 @@ from mktme.proof.platform_report import (
 )
 from mktme.proof.report import RunReport, json_schema
 from mktme.proof.tamper import TamperReport
+from mktme.provision.report import ApplyReport, DestroyReport, PlanReport
 from mktme.vm.doctor import DoctorReport
 
 DOCUMENTS: Final[dict[str, type]] = {
@@ -47,6 +48,9 @@ DOCUMENTS: Final[dict[str, type]] = {
     "dump-capture-1.json": CaptureReport,
     "dump-info-1.json": InfoReport,
     "dump-decrypt-1.json": DecryptReport,
+    "provision-plan-1.json": PlanReport,
+    "provision-apply-1.json": ApplyReport,
+    "provision-destroy-1.json": DestroyReport,
     "broker-list-1.json": BrokerListing,
 }
 

@@ -53,7 +53,7 @@ def read_platform(path: Path) -> PlatformConfig:
         PlatformConfigError: with the file, the line where it is certain, the key, what is wrong
             with it, and what is allowed. For the file as a whole, the error's key is its path.
     """
-    text = _read_text(path)
+    text = read_text(path)
     try:
         table = tomllib.loads(text)
     # ValueError: Python limits how many digits a number may have.
@@ -62,7 +62,7 @@ def read_platform(path: Path) -> PlatformConfig:
     try:
         return msgspec.convert(_settings(table), PlatformConfig)
     except PlatformConfigError as error:
-        line = _line_of(error.key, text)
+        line = line_of(error.key, text)
         place = path if line is None else f"{path}:{line}"
         error.args = (f"{place}: {error}",)
         raise
@@ -80,7 +80,12 @@ def parse_size(text: str) -> int:
     return int(match[1]) << _UNITS[match[2].upper()]
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file that somebody wrote by hand.
+
+    Raises:
+        PlatformConfigError: it cannot be read, is too large, or not UTF-8.
+    """
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
@@ -223,11 +228,16 @@ def _shown(value: object) -> str:
     return str(value)
 
 
-def _line_of(key: str, text: str) -> int | None:
+def line_of(key: str, text: str) -> int | None:
     """The line that sets a key, or its table; None where a plain search cannot be certain.
 
-    tomllib gives no lines. The first line that starts with the key's name is certain if all before
-    it is TOML in itself (so that it is no part of a string or an array) and does not set the key.
+    tomllib gives no lines. A line that starts with the key's name is certain if all before it is
+    TOML in itself (so that it is no part of a string or an array) and does not set the key, and
+    with it, and what its value has of further lines, it does.
+
+    Args:
+        key: its names, with dots between them.
+        text: the file.
     """
     path = key.split(".")
     # TOML has no other line ends, where str.splitlines has many.
@@ -235,11 +245,26 @@ def _line_of(key: str, text: str) -> int | None:
     for depth in range(len(path), 0, -1):
         *tables, name = map(re.escape, path[:depth])
         prefix = "".join(rf"{table}\s*+\.\s*+" for table in tables)
-        start = re.compile(rf"\s*+(?:\[\s*+)?(?:{prefix})?{name}\s*+[=.\]]")
-        found = next((number for number, line in enumerate(lines) if start.match(line)), None)
-        if found is not None and _lacks("".join(lines[:found]), path[:depth]):
-            return found + 1
+        start = re.compile(rf"\s*+(?:\[\[?\s*+)?(?:{prefix})?{name}\s*+[=.\]]")
+        for number, line in enumerate(lines):
+            if start.match(line):
+                if not _lacks("".join(lines[:number]), path[:depth]):
+                    break
+                if _sets(lines, number, path[:depth]):
+                    return number + 1
     return None
+
+
+def _sets(lines: list[str], number: int, path: list[str]) -> bool:
+    """Whether the text up to a line, and as many more as make it TOML, sets a key."""
+    for end in range(number + 1, len(lines) + 1):
+        text = "".join(lines[:end])
+        try:
+            tomllib.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        return not _lacks(text, path)
+    return False
 
 
 def _lacks(text: str, path: list[str]) -> bool:

@@ -276,6 +276,11 @@ class Platform:
         fault = self.fault(lost.spec.uuid)
         raise VmError(lost.reason(f"{lost.label}: {fault or 'its QEMU ended'}"))
 
+    def wait_ended(self) -> None:
+        """Wait until the engine ends, whoever ends it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._gone)
+
     def launch(
         self, config: VmConfig, name: str = "guest", *, boot: bool = True
     ) -> contextlib.AbstractContextManager[Vm]:
