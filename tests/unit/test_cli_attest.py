@@ -70,10 +70,10 @@ def test_true_evidence_is_affirmed(mktme: Mktme, files: Files) -> None:
     result = mktme(*files.verify())
     assert result.code == ExitCode.OK, result
     lines = result.out.splitlines()
-    assert lines[-1] == "affirmed by tenant a: 20 checks"
+    assert lines[-1] == "affirmed by tenant a: 21 checks"
     assert max(map(len, lines)) <= 80
     checks = [line.split()[:2] for line in lines if line.split()[:1] == ["pass"]]
-    assert len(checks) == 20
+    assert len(checks) == 21
     assert ["pass", "launch:kernel"] in checks
 
 
@@ -82,7 +82,7 @@ def test_what_fails_is_shown_with_its_reason(mktme: Mktme, files: Files) -> None
     assert result.code == 1
     assert "FAIL" in result.out
     assert "another nonce" in result.out
-    assert result.out.splitlines()[-1] == "REFUSED by tenant a: 1 of 20 checks"
+    assert result.out.splitlines()[-1] == "REFUSED by tenant a: 1 of 21 checks"
 
 
 def test_programs_get_an_ear(mktme: Mktme, files: Files) -> None:

@@ -138,6 +138,8 @@ class AddVm(_Command, frozen=True):
 class AddVtpm(_Command, frozen=True):
     """Give a VM a TPM, before its QEMU is started; it goes with the VM."""
 
+    is_audited: ClassVar[bool] = True
+
     vm: UUID
 
 

@@ -63,7 +63,7 @@ def test_engine_ends_with_its_owner(tmp_path: Path) -> None:
         assert process.poll() is None
     assert process.returncode == 0
     # The image and its MACs stay for who wants to look at them, the sockets do not.
-    assert sorted(os.listdir(tmp_path)) == ["dram.img", "dram.img.mac", "engine.log"]
+    assert sorted(os.listdir(tmp_path)) == ["audit.jsonl", "dram.img", "dram.img.mac", "engine.log"]
     assert "the owner is gone, stopping" in (tmp_path / "engine.log").read_text()
     with pytest.raises(EngineGoneError):
         engine.client.status()
@@ -221,7 +221,7 @@ def test_dram_that_exists_is_left_alone(tmp_path: Path) -> None:
     assert str(refusal) == f"{dram}: exists"
     assert refusal.hint == "remove it, or choose another path for DRAM"
     assert dram.read_bytes() == b"precious"
-    assert sorted(os.listdir(tmp_path)) == ["dram.img", "engine.log"]
+    assert sorted(os.listdir(tmp_path)) == ["audit.jsonl", "dram.img", "engine.log"]
 
 
 def test_dram_of_another_engine_is_left_alone(engine: EngineProcess, tmp_path: Path) -> None:
