@@ -112,13 +112,15 @@ def test_mark_set_between_copy_and_clear_is_found_the_next_time() -> None:
 
 
 # A vCPU as the plugin has it: the store, then its mark. Each store is of another value, mostly to
-# the same few lines, so that stores and takes meet. It goes on until the last byte is set.
+# the same few lines, so that stores and takes meet. It goes on until the last byte is set, or there
+# is nobody any more to set it.
 VCPU = """
-import mmap, random, struct, sys
+import mmap, os, random, struct, sys
+parent = os.getppid()
 memory, lines = mmap.mmap(int(sys.argv[1]), 0), int(sys.argv[2])
 draw = random.Random(1).random
 value = 0
-while not memory[-1]:
+while not memory[-1] and os.getppid() == parent:
     value += 1
     line = int(lines * draw() ** 4)
     struct.pack_into("<Q", memory, 8 * line, value)
