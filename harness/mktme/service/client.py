@@ -130,6 +130,7 @@ class EngineClient:
         policy: Policy = Policy.TWO_QUEUES,
         nvdimm: wire.NvdimmFile | None = None,
         dimm_bytes: int = 0,
+        visible: bool = False,
     ) -> wire.VmAdded:
         """Announce a VM; see `wire.AddVm`."""
         request = wire.AddVm(
@@ -145,6 +146,7 @@ class EngineClient:
             policy=policy,
             nvdimm=nvdimm,
             dimm_bytes=dimm_bytes,
+            visible=visible,
         )
         return self._call(request, wire.VmAdded)
 

@@ -28,6 +28,7 @@ from mktme.service.captures import Captures
 from mktme.service.custody import Custody
 from mktme.service.drains import Drains, unlink
 from mktme.service.keyids import KeyIds
+from mktme.service.registers import Registers
 from mktme.service.vms import Vm, describe, own_memory, vm_status
 
 
@@ -43,6 +44,7 @@ class Requests:
 
     Attributes:
         captures: those of this DRAM.
+        registers: what guests see of the package.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Requests:
         self._custody = custody
         self._drains = drains
         self._keyids = KeyIds(self.package, self.vms, drains)
+        self.registers = Registers(self.package, self._keyids, self.vms, drains)
         self.captures = Captures(
             dram,
             lambda vms: describe(dram, self.package, vms),
@@ -117,6 +120,7 @@ class Requests:
                 return wire.MsrValue(value=self.package.rdmsr(msr))
             case wire.WriteMsr(msr=msr, value=value):
                 self.package.wrmsr(msr, value)
+                self.registers.show_all()
             case wire.ExecutePconfig():
                 return wire.PconfigDone(status=self._keyids.execute(request))
             case wire.ProgramKey():
@@ -203,6 +207,7 @@ class Requests:
             policy=request.policy,
             nvdimm=nvdimm,
             dimm_bytes=request.dimm_bytes,
+            visible=request.visible,
         )
         return wire.VmAdded(keyid=keyid, base=region.base)
 

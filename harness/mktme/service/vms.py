@@ -17,6 +17,7 @@ import msgspec
 from mktme.datapath.inline import InlineDataPath, Poison
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.link import VmLink
+from mktme.datapath.registers import RegisterPage
 from mktme.datapath.shadow import DrainPacer, ShadowDataPath, Track
 from mktme.datapath.window import Policy
 from mktme.engine.controller import MemoryController
@@ -44,7 +45,7 @@ class Vm:
     """One VM of the platform; `link` and `path` are there while its QEMU is.
 
     Its region is its RAM, `memory_bytes`, then its NVDIMM if it has one, then `dimm_bytes` for what
-    can be plugged in.
+    can be plugged in. A `visible` one's guest sees the platform's registers.
     """
 
     uuid: UUID
@@ -58,8 +59,10 @@ class Vm:
     policy: Policy = Policy.TWO_QUEUES
     nvdimm: Nvdimm | None = None
     dimm_bytes: int = 0
+    visible: bool = False
     further_keyids: list[int] = field(default_factory=list)
     link: VmLink | None = None
+    registers: RegisterPage | None = None
     path: AnyDataPath | None = None
     follower: asyncio.Task[None] | None = None
     connection: socket.socket | None = None

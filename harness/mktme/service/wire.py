@@ -114,6 +114,7 @@ class AddVm(_Command, frozen=True):
         key_file: absolute path of the key, for mode direct only.
         nvdimm: memory behind its RAM that outlives it.
         dimm_bytes: memory behind all that, for what is plugged in while it runs; whole pages.
+        visible: whether its guest sees the platform's registers, and may program KeyIDs.
     """
 
     is_audited: ClassVar[bool] = True
@@ -130,6 +131,7 @@ class AddVm(_Command, frozen=True):
     policy: Policy = Policy.TWO_QUEUES
     nvdimm: NvdimmFile | None = None
     dimm_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
+    visible: bool = False
 
 
 class RemoveVm(_Command, frozen=True):
