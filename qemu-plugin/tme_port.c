@@ -464,12 +464,13 @@ void mktme_tme_port_init(const struct mktme_registers *page, int socket, unsigne
 	const qemu_plugin_reg_descriptor *descriptors = (const void *)all->data;
 
 	for (size_t i = 0; i < REGISTERS; i++) {
-		for (size_t j = 0; j < all->len; j++) {
-			if (strcmp(descriptors[j].name, register_names[i]) == 0)
-				handles[i] = descriptors[j].handle;
-		}
-		if (!handles[i])
+		size_t j = 0;
+
+		while (j < all->len && strcmp(descriptors[j].name, register_names[i]) != 0)
+			j++;
+		if (j == all->len)
 			mktme_fatal("QEMU has no register %s", register_names[i]);
+		handles[i] = descriptors[j].handle; /* NULL, for one of them. */
 	}
 	g_array_free(all, 1);
 

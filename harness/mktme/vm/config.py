@@ -100,6 +100,7 @@ class VmConfig:
         boot_timeout_s: how long it may take to its shell; None for what is plenty.
         nvdimm: memory that outlives it, None for a guest without.
         dimms: sizes of memory that can be plugged in while it runs (`Vm.plug_in`).
+        visible: whether it sees the platform's memory encryption (`mktme.vm.visible`).
     """
 
     image: GuestImage | DiskImage
@@ -121,6 +122,7 @@ class VmConfig:
     boot_timeout_s: float | None = None
     nvdimm: Nvdimm | None = None
     dimms: tuple[int, ...] = ()
+    visible: bool = False
 
     @property
     def boot_deadline_s(self) -> float:
@@ -176,6 +178,8 @@ def check_config(config: VmConfig) -> None:
         check_port(config.ssh_port)
     if config.pages and config.plain:
         raise UsageError("pages of a plain guest have no KeyIDs")
+    if config.visible and config.plain:
+        raise UsageError("a plain guest has no platform to see")
     if config.nvdimm is not None:
         if config.plain:
             raise UsageError("an NVDIMM of a plain guest would not be encrypted")
