@@ -102,7 +102,9 @@ class KeyIds:
         self._disown(keyid)
 
     def owner(self, keyid: int) -> UUID | None:
-        """The VM that a KeyID was programmed for."""
+        """The VM that a KeyID was programmed for; KeyID 0 is nobody's."""
+        if keyid == 0:
+            return None
         for vm in self._vms.values():
             if keyid in (vm.keyid, *vm.further_keyids):
                 return vm.uuid

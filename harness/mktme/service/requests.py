@@ -18,6 +18,7 @@ from mktme.engine.dram import REGION_ALIGN_BYTES, Dram, Region
 from mktme.engine.errors import AddressError, MktmeError
 from mktme.engine.firmware import PlatformConfig
 from mktme.engine.integrity import ENTRY_BYTES
+from mktme.engine.keys import KeyMode
 from mktme.engine.line_key import LineKey
 from mktme.engine.nvdimm import Nvdimm
 from mktme.engine.package import Package, PowerEvent
@@ -180,8 +181,11 @@ class Requests:
                 undo.callback(nvdimm.close)
             region = await self._allocate(request, nvdimm)
             undo.callback(self.dram.free, region)
-            keyid = self._keyids.program(request.mode, request.algorithm, request.key_file)
-            undo.callback(self._keyids.clear, keyid)
+            keyid = 0
+            # Without KeyIDs there is TME alone, or nothing: the VM is under the TME key.
+            if request.mode is not KeyMode.PLATFORM or self.package.tme.mktme_keyids:
+                keyid = self._keyids.program(request.mode, request.algorithm, request.key_file)
+                undo.callback(self._keyids.clear, keyid)
             self.controller.assign(region.base, region.size_bytes, keyid)
             undo.callback(self.controller.assign, region.base, region.size_bytes, 0)
             if request.nvdimm is not None:

@@ -89,7 +89,7 @@ class VmConfig:
         window_bytes: `inline`: the most plaintext there may be; None for a quarter of its RAM.
         policy: `inline`: which pages leave a full window.
         algorithm: of its KeyID.
-        mode: how its KeyID is programmed.
+        mode: how its KeyID is programmed; `KeyMode.PLATFORM` on a platform that has no KeyIDs.
         key_file: the known key, for `KeyMode.DIRECT`.
         pages: ranges of its pages that are under another KeyID than its own.
         check_tlb: have the plugin compare each translation it caches with QEMU's.
