@@ -19,6 +19,7 @@ _MODULES: Final = {
     "request": "messages",
     "reply": "messages",
     "hello": "hellos",
+    "call": "hellos",
     "pconfig": "registers",
     "msr": "registers",
     "platform": "files",
