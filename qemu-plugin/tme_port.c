@@ -62,16 +62,18 @@ static const char *const register_names[REGISTERS] = {
 #define REFUSED_RDMSR 0x8ff /* No register of the x2APIC. */
 #define REFUSED_WRMSR 0x6e1 /* IA32_PKRS, if EDX is not 0. */
 
-#define CR0_PE     (1u << 0)
-#define EFER_LMA   (1u << 10)
-#define EFLAGS_VM  (1u << 17)
-#define EFLAGS_CF  (1u << 0)
-#define EFLAGS_PF  (1u << 2)
-#define EFLAGS_AF  (1u << 4)
-#define EFLAGS_ZF  (1u << 6)
-#define EFLAGS_SF  (1u << 7)
-#define EFLAGS_OF  (1u << 11)
-#define EFLAGS_ALL (EFLAGS_CF | EFLAGS_PF | EFLAGS_AF | EFLAGS_ZF | EFLAGS_SF | EFLAGS_OF)
+#define CR0_PE    (1u << 0)
+#define EFER_LMA  (1u << 10)
+#define EFLAGS_VM (1u << 17)
+#define EFLAGS_CF (1u << 0)
+#define EFLAGS_PF (1u << 2)
+#define EFLAGS_AF (1u << 4)
+#define EFLAGS_ZF (1u << 6)
+#define EFLAGS_SF (1u << 7)
+#define EFLAGS_OF (1u << 11)
+#define EFLAGS_RF (1u << 16)
+
+#define EFLAGS_ARITHMETIC (EFLAGS_CF | EFLAGS_PF | EFLAGS_AF | EFLAGS_ZF | EFLAGS_SF | EFLAGS_OF)
 
 #define PCONFIG_BYTES 3
 
@@ -353,58 +355,63 @@ static void on_pconfig(unsigned int vcpu_index, void *userdata)
 	set_after(vcpu_index, vcpu->answer.faults ? AFTER_PCONFIG_REFUSAL : AFTER_PCONFIG);
 }
 
-/* At the handler of the #UD: its frame, if it is that one's. */
-static uint64_t read_frame(struct vcpu *vcpu, struct frame *ret)
+/* Whether this is the handler of the exception at an address; anything else (an NMI) comes first.
+ */
+static bool read_frame(struct vcpu *vcpu, uint64_t vaddr, uint64_t rip, struct frame *ret)
 {
-	uint64_t rsp = read_register(vcpu, RSP);
-
-	if (!read_memory(vcpu, rsp, ret, sizeof(*ret)) || ret->rip != vcpu->pc)
-		mktme_fatal("the frame of a PCONFIG's exception is not at the guest's RSP");
-	return rsp;
+	return read_memory(vcpu, vaddr, ret, sizeof(*ret)) && ret->rip == rip;
 }
 
 /* PCONFIG is done: return behind it. */
-static void finish_pconfig(struct vcpu *vcpu)
+static void finish_pconfig(unsigned int vcpu_index)
 {
+	struct vcpu *vcpu = &vcpus[vcpu_index];
+	uint64_t rsp = read_register(vcpu, RSP);
 	uint64_t iretq = find_landmark(vcpu, &iretqs);
 	struct frame frame;
-	uint64_t rsp = read_frame(vcpu, &frame);
 
+	if (!read_frame(vcpu, rsp, vcpu->pc, &frame))
+		return;
 	if (!iretq)
 		mktme_fatal("the guest's IRETQ is gone");
 	frame.rip += PCONFIG_BYTES;
-	frame.rflags &= ~(uint64_t)EFLAGS_ALL;
+	frame.rflags &= ~(uint64_t)(EFLAGS_ARITHMETIC | EFLAGS_RF);
 	frame.rflags |= vcpu->answer.zf ? EFLAGS_ZF : 0;
 	write_memory(rsp, &frame, sizeof(frame));
 	write_register(RAX, vcpu->answer.rax);
+	set_after(vcpu_index, AFTER_NOTHING);
 	qemu_plugin_set_pc(iretq);
 }
 
 /* PCONFIG is refused: raise #GP as if the #UD had not been. */
-static void refuse_pconfig(struct vcpu *vcpu)
+static void refuse_pconfig(unsigned int vcpu_index)
 {
+	struct vcpu *vcpu = &vcpus[vcpu_index];
 	struct frame frame;
 
-	read_frame(vcpu, &frame);
+	if (!read_frame(vcpu, read_register(vcpu, RSP), vcpu->pc, &frame))
+		return;
 	vcpu->rflags = frame.rflags;
 	write_register(RSP, frame.rsp);
 	write_register(RCX, REFUSED_RDMSR);
+	set_after(vcpu_index, AFTER_PCONFIG_FAULT);
 	qemu_plugin_set_pc(vcpu->rdmsr);
 }
 
-/* At the handler of that #GP: have it come from PCONFIG. False while it is still to come. */
-static bool fault_pconfig(struct vcpu *vcpu)
+/* The #GP is there: have it come from PCONFIG. */
+static void fault_pconfig(unsigned int vcpu_index)
 {
-	uint64_t at = read_register(vcpu, RSP) + sizeof(uint64_t); /* Above the error code. */
+	struct vcpu *vcpu = &vcpus[vcpu_index];
+	uint64_t above_error_code = read_register(vcpu, RSP) + sizeof(uint64_t);
 	struct frame frame;
 
-	if (!read_memory(vcpu, at, &frame, sizeof(frame)) || frame.rip != vcpu->rdmsr)
-		return false;
+	if (!read_frame(vcpu, above_error_code, vcpu->rdmsr, &frame))
+		return;
 	frame.rip = vcpu->pc;
 	frame.rflags = vcpu->rflags;
-	write_memory(at, &frame, sizeof(frame));
+	write_memory(above_error_code, &frame, sizeof(frame));
 	write_register(RCX, vcpu->rcx);
-	return true;
+	set_after(vcpu_index, AFTER_NOTHING);
 }
 
 static void add_cpuid(struct vcpu *vcpu)
@@ -416,21 +423,16 @@ static void add_cpuid(struct vcpu *vcpu)
 		               (uint32_t)read_register(vcpu, of_bits[i]) | vcpu->bits[i]);
 }
 
-/* Before whatever a vCPU executes next. What calls set_pc does not return. */
+/* Before whatever a vCPU executes next. What calls set_pc does not return from there. */
 static void on_pending(unsigned int vcpu_index, void *userdata)
 {
 	struct vcpu *vcpu = &vcpus[vcpu_index];
 	enum after after = vcpu->after;
 
-	if (after == AFTER_PCONFIG_FAULT && (uint64_t)userdata != MKTME_RESET_VECTOR &&
-	    !fault_pconfig(vcpu))
-		return;
-	set_after(vcpu_index, AFTER_NOTHING);
-	if ((uint64_t)userdata == MKTME_RESET_VECTOR)
-		return; /* A reset came first. */
+	if ((uint64_t)userdata == MKTME_RESET_VECTOR) /* A reset came first. */
+		after = AFTER_NOTHING;
 	switch (after) {
 	case AFTER_NOTHING:
-	case AFTER_PCONFIG_FAULT:
 		break;
 	case AFTER_CPUID:
 		add_cpuid(vcpu);
@@ -444,13 +446,16 @@ static void on_pending(unsigned int vcpu_index, void *userdata)
 		write_register(RDX, vcpu->rdx);
 		break;
 	case AFTER_PCONFIG:
-		finish_pconfig(vcpu);
-		break;
+		finish_pconfig(vcpu_index);
+		return;
 	case AFTER_PCONFIG_REFUSAL:
-		set_after(vcpu_index, AFTER_PCONFIG_FAULT);
-		refuse_pconfig(vcpu);
-		break;
+		refuse_pconfig(vcpu_index);
+		return;
+	case AFTER_PCONFIG_FAULT:
+		fault_pconfig(vcpu_index);
+		return;
 	}
+	set_after(vcpu_index, AFTER_NOTHING);
 }
 
 void mktme_tme_port_install(void)

@@ -14,6 +14,8 @@ from mktme.vm.platform import Vm
 
 SOURCES: Final = Path(__file__).parent / "bare"
 ANSWER_TIMEOUT_S: Final = 60
+USER: Final = 2
+"""In place of a vCPU: the first one, at privilege level 3."""
 COMPARISON: Final = 0x97
 """RFLAGS of the comparison before each instruction (0 - 1): CF, PF, AF, SF; bit 1 is always set."""
 _ARITHMETIC: Final = 0x8D7

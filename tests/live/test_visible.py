@@ -34,7 +34,7 @@ from mktme.vm.platform import Platform, Vm
 from mktme.vm.shell import Shell
 
 from ..vectors import reference
-from .bare_kernel import BareKernel, bare_image
+from .bare_kernel import USER, BareKernel, bare_image
 
 DRAM_BYTES = 2 << 30
 BOOT_AGAIN_S = 240
@@ -112,6 +112,12 @@ def test_instructions_end_as_the_documents_say(bare: GuestImage, revision: Revis
                 assert kernel.rdmsr(msr, cpu=cpu) == platform.engine.rdmsr(msr)
             _locked_registers(kernel, revision, cpu)
             _pconfig_rows(kernel, vm, revision, cpu)
+        for msr in REGISTERS:
+            assert kernel.rdmsr(msr, cpu=USER) is None
+            assert not kernel.wrmsr(msr, 0, cpu=USER)
+        assert kernel.pconfig(5, SET_KEY_RANDOM, cpu=USER) == "#UD"
+        assert kernel.pconfig(5, SET_KEY_RANDOM, leaf=1, cpu=USER) == "#UD"
+        assert not platform.engine.status().keys[2:]
 
 
 def _locked_registers(kernel: BareKernel, revision: Revision, cpu: int) -> None:

@@ -219,6 +219,7 @@ class _Session:
             pages=(),
             nvdimm=None,
             check_tlb=False,
+            visible=False,
         )
         with ExitStack() as stack:
             reference = self._boot(stack, plain, "plain", "plain").report()

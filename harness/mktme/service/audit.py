@@ -55,7 +55,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         time: UTC, RFC 3339.
         number: counts the records of this engine, from 1.
-        event: the request or event, as its class in `mktme.service.wire` is called.
+        event: the request or event, as its class in `mktme.service.wire` is called; GuestWrmsr or
+            GuestPconfig for what a guest executed, and then `pid` and `uid` are its QEMU's.
         outcome: "done", or the class of the error.
         reason: the error's text.
         pid: who asked; so the next two. None of what nobody asked for.

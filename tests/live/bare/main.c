@@ -8,6 +8,7 @@
  *     CPU wrmsr MSR VALUE
  *     CPU pconfig LEAF OFFSET KEYID CONTROL RESERVED DATA_KEY TWEAK_KEY
  *
+ * CPU 2 is the first one again, at privilege level 3, where the last three raise exceptions.
  * Numbers are hexadecimal; OFFSET is added to an aligned RBX, RESERVED is a byte at offset 6 of
  * MKTME_KEY_PROGRAM_STRUCT, and keys are bytes, or - for none. It answers with a line
  *
@@ -34,6 +35,7 @@ struct operation {
 	uint64_t at, resume; /* The instruction, and what is behind it. */
 	uint64_t vector;     /* 0: none. */
 	uint64_t error_code;
+	uint64_t rsp; /* At privilege level 3: where to return to. */
 };
 
 struct registers {
@@ -48,10 +50,19 @@ struct gate {
 	uint32_t offset_high, reserved;
 };
 
+struct task {
+	uint32_t reserved;
+	uint64_t rsp0;
+	uint8_t rest[92];
+} __attribute__((packed));
+
 extern void undefined_opcode(void), general_protection(void);
+extern uint64_t gdt[];
+extern uint8_t exception_stack_end[];
 void first_main(void), second_main(void), on_exception(struct registers *registers);
 
 static struct gate idt[32] __attribute__((aligned(16)));
+static struct task task;
 static struct operation *current[2];
 static struct operation *volatile request; /* For the second processor, until it is done. */
 static volatile int second_is_up;
@@ -127,6 +138,18 @@ static void load_idt(void)
 	__asm__ volatile("lidt %0" ::"m"(pointer));
 }
 
+/* The stack for exceptions at privilege level 3. */
+static void load_task(void)
+{
+	uint64_t base = (uintptr_t)&task;
+
+	task.rsp0 = (uintptr_t)exception_stack_end;
+	gdt[6] = (sizeof(task) - 1) | (base & 0xffffff) << 16 | UINT64_C(0x89) << 40 |
+	         (base >> 24 & 0xff) << 56;
+	gdt[7] = base >> 32;
+	__asm__ volatile("ltr %w0" ::"r"(0x30));
+}
+
 void on_exception(struct registers *registers)
 {
 	struct operation *operation = current[this_cpu()];
@@ -135,7 +158,11 @@ void on_exception(struct registers *registers)
 	operation->error_code = registers->error_code;
 	operation->rflags = registers->rflags;
 	registers->rip = operation->resume;
-	/* As a popfq would: the handler returns to what it interrupted. */
+	if (registers->cs & 3) {
+		registers->cs = 0x08;
+		registers->ss = 0x10;
+		registers->rsp = operation->rsp;
+	}
 }
 
 #define EXECUTE(operation, instruction)                                                            \
@@ -154,6 +181,44 @@ void on_exception(struct registers *registers)
 	                   [at] "=m"((operation)->at), [resume] "=m"((operation)->resume)          \
 	                 :                                                                         \
 	                 : "r8", "cc", "memory")
+
+#define EXECUTE_AS_USER(operation, instruction)                                                    \
+	__asm__ volatile("leaq 1f(%%rip), %%r8\n\t"                                                \
+	                 "movq %%r8, %[at]\n\t"                                                    \
+	                 "leaq 2f(%%rip), %%r9\n\t"                                                \
+	                 "movq %%r9, %[resume]\n\t"                                                \
+	                 "movq %%rsp, %%r9\n\t"                                                    \
+	                 "movq %%r9, %[rsp]\n\t"                                                   \
+	                 "pushq $0x2b\n\t"                                                         \
+	                 "pushq %%r9\n\t"                                                          \
+	                 "pushq $0x97\n\t"                                                         \
+	                 "pushq $0x23\n\t"                                                         \
+	                 "pushq %%r8\n\t"                                                          \
+	                 "iretq\n\t"                                                               \
+	                 "1:" instruction "\n\t"                                                   \
+	                 "ud2\n\t"                                                                 \
+	                 "2:\n\t"                                                                  \
+	                 : "+a"((operation)->rax), "+b"((operation)->rbx), "+c"((operation)->rcx), \
+	                   "+d"((operation)->rdx), [at] "=m"((operation)->at),                     \
+	                   [resume] "=m"((operation)->resume), [rsp] "=m"((operation)->rsp)        \
+	                 :                                                                         \
+	                 : "r8", "r9", "cc", "memory")
+
+static void execute_as_user(struct operation *operation)
+{
+	current[0] = operation;
+	switch (operation->name) {
+	case 'r':
+		EXECUTE_AS_USER(operation, "rdmsr");
+		break;
+	case 'w':
+		EXECUTE_AS_USER(operation, "wrmsr");
+		break;
+	case 'p':
+		EXECUTE_AS_USER(operation, ".byte 0x0f, 0x01, 0xc5");
+		break;
+	}
+}
 
 static void execute(struct operation *operation)
 {
@@ -261,6 +326,8 @@ static void obey(char *line)
 	}
 	if (cpu == 0) {
 		execute(&operation);
+	} else if (cpu == 2) {
+		execute_as_user(&operation);
 	} else {
 		request = &operation;
 		while (request)
@@ -301,6 +368,7 @@ void first_main(void)
 	set_gate(6, undefined_opcode);
 	set_gate(13, general_protection);
 	load_idt();
+	load_task();
 	*lapic(LAPIC_ICR) = ICR_INIT;
 	*lapic(LAPIC_ICR) = ICR_STARTUP;
 	while (!second_is_up)

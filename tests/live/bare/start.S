@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * Into 64-bit mode: the first processor from PVH's entry, in 32-bit protected mode without paging
- * (Xen docs/misc/pvh.pandoc), the second from its start-up IPI. All of 4 GiB is mapped to itself.
+ * (Xen docs/misc/pvh.pandoc), the second from its start-up IPI. All of 4 GiB is mapped to itself,
+ * for all privilege levels.
  */
 #define TRAMPOLINE 0x8000
 #define STACK_BYTES 0x4000
@@ -16,16 +17,16 @@
 	.globl	start
 start:
 	movl	$pml4, %edi
-	movl	$pdpt + 3, (%edi)
+	movl	$pdpt + 7, (%edi)
 	movl	$pdpt, %edi
-	movl	$directories + 3, %eax
+	movl	$directories + 7, %eax
 	movl	$4, %ecx
 1:	movl	%eax, (%edi)
 	addl	$0x1000, %eax
 	addl	$8, %edi
 	loop	1b
 	movl	$directories, %edi
-	movl	$0x83, %eax                     /* present, writable, 2 MiB */
+	movl	$0x87, %eax                     /* present, writable, user, 2 MiB */
 	movl	$2048, %ecx
 2:	movl	%eax, (%edi)
 	addl	$0x200000, %eax
@@ -111,10 +112,14 @@ trampoline_end:
 
 	.data
 	.balign	8
+	.globl	gdt, exception_stack_end
 gdt:	.quad	0
 	.quad	0x00af9b000000ffff              /* 08: 64-bit code */
 	.quad	0x00cf93000000ffff              /* 10: data */
 	.quad	0x00cf9b000000ffff              /* 18: 32-bit code */
+	.quad	0x00affb000000ffff              /* 20: 64-bit code, level 3 */
+	.quad	0x00cff3000000ffff              /* 28: data, level 3 */
+	.quad	0, 0                            /* 30: the task, of the first processor */
 gdt_end:
 gdt_pointer:
 	.word	gdt_end - gdt - 1
@@ -130,5 +135,7 @@ first_stack:
 	.skip	STACK_BYTES
 second_stack:
 	.skip	STACK_BYTES
+	.skip	STACK_BYTES
+exception_stack_end:
 
 	.section .note.GNU-stack, "", @progbits

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -279,6 +280,17 @@ def test_descriptors_with_a_call_are_nothing_to_the_engine(
         socket.send_fds(qemu.connection, [message], [qemu.ram[0]] * 8)
         assert qemu.connection.recv(17) == bytes(16)
     assert len(os.listdir(directory)) == before
+
+
+def test_answers_that_nobody_fetches_end_the_vm(visible: Guests) -> None:
+    qemu, _ = visible.link(visible=True)
+    message = struct.pack("<IIQ", 1, 0x9FF, 0) + bytes(STRUCT_BYTES)
+    with contextlib.suppress(OSError):
+        while True:
+            qemu.connection.send(message)
+    fault = wait_event(visible.client, lambda event: isinstance(event, wire.VmFault))
+    assert isinstance(fault, wire.VmFault)
+    assert fault.vm == qemu.vm
 
 
 def test_vm_that_is_not_visible_does_not_call(visible: Guests) -> None:
