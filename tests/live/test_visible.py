@@ -27,6 +27,8 @@ from mktme.proof.transparency import compare_memory
 from mktme.pytest_plugin import vm_config
 from mktme.service.audit import AUDIT_FILE
 from mktme.vm.config import VmConfig
+from mktme.vm.disk_images import ensure_disk
+from mktme.vm.disk_layout import ROOT_OFFSET_BYTES
 from mktme.vm.hardware import Hardware
 from mktme.vm.host import QEMU11, EnvironmentUnfitError, UsageError, emulator_path
 from mktme.vm.images import GuestImage
@@ -38,7 +40,7 @@ from .bare_kernel import USER, BareKernel, bare_image
 
 DRAM_BYTES = 2 << 30
 BOOT_AGAIN_S = 240
-DISK_BOOT_AGAIN_S = 600
+DISK_BOOT_AGAIN_S = 1200
 KEY = bytes(range(32))
 XTS_128 = 1 << 8  # in KEYID_CTRL
 SET_KEY_DIRECT, SET_KEY_RANDOM, CLEAR_KEY, NO_ENCRYPT = (XTS_128 | one for one in range(4))
@@ -89,6 +91,19 @@ def processors(shell: Shell) -> list[tuple[bool, bool, int]]:
     return [
         ("tme" in one, "pconfig" in one, width) for one, width in zip(flags, widths, strict=True)
     ]
+
+
+def kernel_on_disk(guest: str, directory: Path) -> Path:
+    """The kernel that a guest's disk boots, without booting it (debugfs(8))."""
+    root = f"{ensure_disk(guest).disk}?offset={ROOT_OFFSET_BYTES}"
+
+    def debugfs(command: str) -> str:
+        run = ["/sbin/debugfs", "-R", command, root]
+        return subprocess.run(run, check=True, capture_output=True, text=True).stdout
+
+    (name,) = re.findall(r"/(vmlinuz-[^/]+)/", debugfs("ls -p /boot"))
+    debugfs(f"dump /boot/{name} {directory / name}")
+    return directory / name
 
 
 # --- every row, executed by a bare kernel -------------------------------------------------------
@@ -227,6 +242,22 @@ def test_reset_finds_it_set_up_and_locked_again(mktme_vm: Vm) -> None:
         assert compare_memory(mktme_vm, engine).passed
 
 
+@pytest.mark.usefixtures("mktme_platform")
+def test_debian_13s_kernel_finds_tme(tmp_path: Path) -> None:
+    """The kernel of that guest's disk, in the surroundings of guest tiny."""
+    config = vm_config(memory="256M", vcpus=2, visible=True)
+    assert isinstance(config.image, GuestImage)
+    image = dataclasses.replace(config.image, kernel=kernel_on_disk("debian-13", tmp_path))
+    config = dataclasses.replace(config, image=image)
+    with another_platform(USUAL) as platform, platform.launch(config) as vm:
+        shell = vm.domain.shell
+        assert shell.run("uname -r", timeout_s=60).output.startswith("6.12.")
+        assert kernel_says(shell) == ENABLED + KEYIDS
+        assert processors(shell) == [(True, True, 34)] * 2
+        with vm.held() as engine:
+            assert compare_memory(vm, engine).passed
+
+
 @pytest.mark.parametrize(
     ("firmware", "expected", "width"),
     [
@@ -274,7 +305,7 @@ def test_kernel_says_what_else_firmware_did(
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(4 * DISK_BOOT_AGAIN_S)
 @pytest.mark.parametrize(("guest", "kernel"), [("debian-12", "6.1."), ("debian-13", "6.12.")])
 @pytest.mark.usefixtures("mktme_platform")
 def test_debian_and_a_program_of_ours_in_it(tmp_path: Path, guest: str, kernel: str) -> None:
@@ -283,6 +314,7 @@ def test_debian_and_a_program_of_ours_in_it(tmp_path: Path, guest: str, kernel: 
     source = Path(__file__).parent / "guest_msr.c"
     subprocess.run(["gcc", "-static", "-O2", "-Wall", source, "-o", program], check=True)
     config = vm_config(guest=guest, memory="1G", vcpus=2, visible=True, track="pages")
+    config = dataclasses.replace(config, boot_timeout_s=DISK_BOOT_AGAIN_S)
     with another_platform(USUAL) as platform, platform.launch(config) as vm:
         shell = vm.domain.ssh
         assert shell.run("uname -r", timeout_s=60).output.startswith(kernel)
