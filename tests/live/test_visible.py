@@ -102,8 +102,9 @@ def kernel_on_disk(guest: str, directory: Path) -> Path:
         return subprocess.run(run, check=True, capture_output=True, text=True).stdout
 
     (name,) = re.findall(r"/(vmlinuz-[^/]+)/", debugfs("ls -p /boot"))
-    debugfs(f"dump /boot/{name} {directory / name}")
-    return directory / name
+    kernel = directory / str(name)
+    debugfs(f"dump /boot/{name} {kernel}")
+    return kernel
 
 
 # --- every row, executed by a bare kernel -------------------------------------------------------
