@@ -188,10 +188,13 @@ static void on_vcpu_resume(MKTME_VCPU_CALLBACK(vcpu_index))
 
 static void on_discontinuity(unsigned int vcpu_index,
                              enum qemu_plugin_discon_type type MKTME_UNUSED,
-                             uint64_t from_pc MKTME_UNUSED, uint64_t to_pc MKTME_UNUSED,
+                             uint64_t from_pc MKTME_UNUSED, uint64_t to_pc,
                              void *userdata MKTME_UNUSED)
 {
-	flush(vcpu_index, NULL);
+	if (options.track_stores)
+		flush(vcpu_index, NULL);
+	if (options.share_registers)
+		mktme_tme_port_discontinuity(vcpu_index, to_pc);
 }
 
 static void link_up(void)
@@ -418,12 +421,13 @@ MKTME_EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *inf
 		if (prepare_stores() < 0)
 			return -1;
 		mktme_register_vcpu_resume(id, on_vcpu_resume);
-		mktme_register_discontinuity(id, on_discontinuity);
 	}
 	if (options.share_registers)
 		mktme_tme_port_install();
-	if (options.track_stores || options.share_registers)
+	if (options.track_stores || options.share_registers) {
+		mktme_register_discontinuity(id, on_discontinuity);
 		mktme_register_translation(id, on_translation);
+	}
 	mktme_register_vcpu_init(id, on_vcpu_init);
 	return 0;
 }

@@ -207,13 +207,6 @@ void qemu_plugin_register_vcpu_insn_exec_cond_cb(struct qemu_plugin_insn *insn,
                                                  enum qemu_plugin_cond condition,
                                                  qemu_plugin_u64 entry, uint64_t operand,
                                                  void *userdata);
-void qemu_plugin_register_vcpu_tb_exec_cond_cb(struct qemu_plugin_tb *tb,
-                                               qemu_plugin_vcpu_udata_cb_t callback,
-                                               enum qemu_plugin_cb_flags flags,
-                                               enum qemu_plugin_cond condition,
-                                               qemu_plugin_u64 entry, uint64_t operand,
-                                               void *userdata);
-uint64_t qemu_plugin_tb_vaddr(const struct qemu_plugin_tb *tb);
 
 #endif
 

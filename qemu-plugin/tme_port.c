@@ -4,6 +4,7 @@
 #if MKTME_QEMU_API >= 7
 
 #include <errno.h>
+#include <inttypes.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,19 +17,22 @@
 /*
  * QEMU executes the instruction itself, and answers of our own are put in place of its answers
  * before the vCPU executes anything else: a callback is all there is, and it comes before an
- * instruction. So what is to be done afterwards is noted (`after`), and done by the first callback
- * of the next instruction, or of the next block, be that an interrupt's: GPRs are still what they
- * were then.
+ * instruction. So what is to be done afterwards is noted (`after`), and done by what comes next:
+ * - the next instruction of the block,
+ * - the next block, if the instruction ended its own. Not each block has a callback, for that would
+ *   cost as much as all else; those do that are known to follow such an instruction (`followers`),
+ * - an exception or interrupt (a discontinuity): GPRs are still what they were. Where PC is to be
+ *   changed, its handler is such a follower.
  *
  * A plugin cannot raise an exception; but QEMU can be made to:
- * - #GP of RDMSR and WRMSR: they are given an operand that QEMU refuses; afterwards, at the
- *   handler, that is taken back.
- * - PCONFIG is #UD for QEMU, whose frame on the guest's stack has all flags as they were. At the
- *   handler, the frame is made one that returns behind PCONFIG, with the flags it leaves, and an
- *   IRETQ of the guest's kernel returns through it. Or, for #GP, the frame is dropped, an RDMSR of
- *   the kernel's is executed that QEMU refuses, and that frame is made PCONFIG's.
+ * - #GP of RDMSR and WRMSR: they are given an operand that QEMU refuses; afterwards that is taken
+ *   back.
+ * - PCONFIG is #UD for QEMU, whose frame on the guest's stack has all flags as they were. The frame
+ *   is made one that returns behind PCONFIG, with the flags it leaves, and an IRETQ of the guest's
+ *   kernel returns through it. Or, for #GP, the frame is dropped, an RDMSR of the kernel's is
+ *   executed that QEMU refuses, and that frame is made PCONFIG's.
  * It is done in this way because QEMU keeps the arithmetic flags where a plugin cannot write them
- * (CC_OP), and knows them exactly only between blocks (cpu_loop_exit, which set_pc is).
+ * (CC_OP), and knows them exactly only between blocks, where set_pc leaves one.
  */
 enum after {
 	AFTER_NOTHING,
@@ -99,6 +103,12 @@ struct vcpu {
 	GByteArray *bytes;
 };
 
+/* Where blocks begin that follow an instruction of ours which ended its own. */
+#define FOLLOWERS 32
+
+static uint64_t followers[FOLLOWERS];
+static unsigned int next_follower;
+
 /* Where the guest's kernel has an instruction of two bytes, the latest first. */
 #define LANDMARKS 8
 
@@ -147,19 +157,48 @@ static bool read_memory(struct vcpu *vcpu, uint64_t vaddr, void *ret, size_t siz
 	return true;
 }
 
-/* Exception frames are nothing that store tracking sees (mktme.c); nor are changes of one. */
+/*
+ * Nothing that store tracking sees; but page tracking does (mktme.c), as it does exception frames,
+ * which this is for.
+ */
 static void write_memory(uint64_t vaddr, const void *data, size_t size)
 {
 	GByteArray bytes = {.data = (uint8_t *)data, .len = (unsigned int)size};
 
 	if (!qemu_plugin_write_memory_vaddr(vaddr, &bytes))
-		mktme_fatal("an exception frame of the guest's cannot be written");
+		mktme_fatal("the guest's memory at %" PRIx64 " cannot be written", vaddr);
 }
 
 static void set_after(unsigned int vcpu_index, enum after after)
 {
 	vcpus[vcpu_index].after = after;
 	qemu_plugin_u64_set(pending, vcpu_index, after != AFTER_NOTHING);
+}
+
+static bool is_follower(uint64_t vaddr)
+{
+	for (size_t i = 0; i < FOLLOWERS; i++) {
+		if (__atomic_load_n(&followers[i], __ATOMIC_RELAXED) == vaddr)
+			return true;
+	}
+	return false;
+}
+
+/*
+ * Have the block at an address call on_pending. One that was translated before does not: writing a
+ * byte of it, the one that is there, makes QEMU translate it again.
+ */
+static void add_follower(struct vcpu *vcpu, uint64_t vaddr)
+{
+	unsigned int next;
+	uint8_t byte;
+
+	if (is_follower(vaddr))
+		return;
+	next = __atomic_fetch_add(&next_follower, 1, __ATOMIC_RELAXED);
+	__atomic_store_n(&followers[next % FOLLOWERS], vaddr, __ATOMIC_SEQ_CST);
+	if (read_memory(vcpu, vaddr, &byte, sizeof(byte)))
+		write_memory(vaddr, &byte, sizeof(byte));
 }
 
 static bool is_supervisor(struct vcpu *vcpu)
@@ -424,14 +463,11 @@ static void add_cpuid(struct vcpu *vcpu)
 }
 
 /* Before whatever a vCPU executes next. What calls set_pc does not return from there. */
-static void on_pending(unsigned int vcpu_index, void *userdata)
+static void mend(unsigned int vcpu_index)
 {
 	struct vcpu *vcpu = &vcpus[vcpu_index];
-	enum after after = vcpu->after;
 
-	if ((uint64_t)userdata == MKTME_RESET_VECTOR) /* A reset came first. */
-		after = AFTER_NOTHING;
-	switch (after) {
+	switch (vcpu->after) {
 	case AFTER_NOTHING:
 		break;
 	case AFTER_CPUID:
@@ -456,6 +492,34 @@ static void on_pending(unsigned int vcpu_index, void *userdata)
 		return;
 	}
 	set_after(vcpu_index, AFTER_NOTHING);
+}
+
+static void on_pending(unsigned int vcpu_index, void *userdata MKTME_UNUSED)
+{
+	mend(vcpu_index);
+}
+
+/* What was to be done afterwards is not to be done after a reset. */
+static void on_reset(unsigned int vcpu_index, void *userdata MKTME_UNUSED)
+{
+	set_after(vcpu_index, AFTER_NOTHING);
+}
+
+void mktme_tme_port_discontinuity(unsigned int vcpu_index, uint64_t handler)
+{
+	struct vcpu *vcpu = &vcpus[vcpu_index];
+
+	switch (vcpu->after) {
+	case AFTER_NOTHING:
+		break;
+	case AFTER_PCONFIG:
+	case AFTER_PCONFIG_REFUSAL:
+		/* Here set_pc would have QEMU raise the exception again. */
+		add_follower(vcpu, handler);
+		break;
+	default:
+		mend(vcpu_index);
+	}
 }
 
 void mktme_tme_port_install(void)
@@ -500,46 +564,76 @@ static size_t skip_prefixes(const uint8_t *bytes, size_t size)
 	return i;
 }
 
-static void (*callback_of(const uint8_t *bytes, size_t size))(unsigned int, void *)
+/* HAS_ANSWER: after it registers are to be written. */
+struct instruction {
+	qemu_plugin_vcpu_udata_cb_t callback;
+	bool has_answer;
+};
+
+static const struct instruction *find_instruction(const uint8_t *bytes, size_t size)
 {
+	static const struct instruction cpuid = {on_cpuid, true}, rdmsr = {on_rdmsr, true},
+	                                wrmsr = {on_wrmsr, false}, iretq = {on_iretq, false},
+	                                pconfig = {on_pconfig, false};
 	size_t at;
 
 	if (size == 2 && memcmp(bytes, "\x48\xcf", 2) == 0)
-		return on_iretq;
+		return &iretq;
 	if (size == PCONFIG_BYTES && memcmp(bytes, "\x0f\x01\xc5", 3) == 0)
-		return on_pconfig;
+		return &pconfig;
 	at = skip_prefixes(bytes, size);
 	if (at + 2 != size || bytes[at] != 0x0f)
 		return NULL;
 	switch (bytes[at + 1]) {
 	case 0x30:
-		return on_wrmsr;
+		return &wrmsr;
 	case 0x32:
-		return on_rdmsr;
+		return &rdmsr;
 	case 0xa2:
-		return on_cpuid;
+		return &cpuid;
 	default:
 		return NULL;
 	}
+}
+
+/* An instruction that ends its block, with the address behind it. */
+static void on_last(unsigned int vcpu_index, void *userdata)
+{
+	struct vcpu *vcpu = &vcpus[vcpu_index];
+
+	if (vcpu->after == AFTER_CPUID || vcpu->after == AFTER_RDMSR)
+		add_follower(vcpu, (uint64_t)userdata);
+}
+
+static void call_if_pending(struct qemu_plugin_insn *insn)
+{
+	qemu_plugin_register_vcpu_insn_exec_cond_cb(insn, on_pending, QEMU_PLUGIN_CB_RW_REGS_PC,
+	                                            QEMU_PLUGIN_COND_NE, pending, 0, NULL);
 }
 
 void mktme_tme_port_translate(struct qemu_plugin_tb *tb, size_t index, const uint8_t *bytes,
                               size_t size)
 {
 	struct qemu_plugin_insn *insn = qemu_plugin_tb_get_insn(tb, index);
-	void *vaddr = (void *)qemu_plugin_insn_vaddr(insn);
-	qemu_plugin_vcpu_udata_cb_t callback = callback_of(bytes, size);
+	uint64_t vaddr = qemu_plugin_insn_vaddr(insn);
+	const struct instruction *instruction = find_instruction(bytes, size);
 
-	if (index == 0)
-		qemu_plugin_register_vcpu_tb_exec_cond_cb(tb, on_pending, QEMU_PLUGIN_CB_RW_REGS_PC,
-		                                          QEMU_PLUGIN_COND_NE, pending, 0, vaddr);
-	if (!callback)
+	if (index == 0 && is_follower(vaddr))
+		call_if_pending(insn);
+	if (vaddr == MKTME_RESET_VECTOR)
+		qemu_plugin_register_vcpu_insn_exec_cb(insn, on_reset, QEMU_PLUGIN_CB_NO_REGS,
+		                                       NULL);
+	if (!instruction)
 		return;
-	qemu_plugin_register_vcpu_insn_exec_cb(insn, callback, QEMU_PLUGIN_CB_RW_REGS, vaddr);
+	qemu_plugin_register_vcpu_insn_exec_cb(insn, instruction->callback, QEMU_PLUGIN_CB_RW_REGS,
+	                                       (void *)vaddr);
+	if (!instruction->has_answer)
+		return;
 	if (index + 1 < qemu_plugin_tb_n_insns(tb))
-		qemu_plugin_register_vcpu_insn_exec_cond_cb(qemu_plugin_tb_get_insn(tb, index + 1),
-		                                            on_pending, QEMU_PLUGIN_CB_RW_REGS_PC,
-		                                            QEMU_PLUGIN_COND_NE, pending, 0, NULL);
+		call_if_pending(qemu_plugin_tb_get_insn(tb, index + 1));
+	else
+		qemu_plugin_register_vcpu_insn_exec_cb(insn, on_last, QEMU_PLUGIN_CB_RW_REGS,
+		                                       (void *)(vaddr + size));
 }
 
 #endif

@@ -24,6 +24,9 @@ void mktme_tme_port_install(void);
  */
 void mktme_tme_port_init(const struct mktme_registers *registers, int socket, unsigned int vcpus);
 
+/* At an exception or interrupt, before its handler executes anything. */
+void mktme_tme_port_discontinuity(unsigned int vcpu_index, uint64_t handler);
+
 /* Ask for callbacks on one instruction of a block, given its bytes. */
 void mktme_tme_port_translate(struct qemu_plugin_tb *tb, size_t index, const uint8_t *bytes,
                               size_t size);
@@ -37,6 +40,11 @@ static inline void mktme_tme_port_install(void)
 
 static inline void mktme_tme_port_init(const struct mktme_registers *registers MKTME_UNUSED,
                                        int socket MKTME_UNUSED, unsigned int vcpus MKTME_UNUSED)
+{
+}
+
+static inline void mktme_tme_port_discontinuity(unsigned int vcpu_index MKTME_UNUSED,
+                                                uint64_t handler MKTME_UNUSED)
 {
 }
 

@@ -68,15 +68,18 @@ class BareKernel:
         with self._domain.explained():
             self._domain.console.wait_for("bare kernel ready", ANSWER_TIMEOUT_S, "booting")
 
-    def cpuid(self, leaf: int, subleaf: int = 0, *, cpu: int = 0) -> tuple[int, int, int, int]:
-        """EAX, EBX, ECX, EDX."""
-        outcome = self._execute(f"{cpu} cpuid {leaf:x} {subleaf:x}")
+    def cpuid(
+        self, leaf: int, subleaf: int = 0, *, cpu: int = 0, alone: bool = False
+    ) -> tuple[int, int, int, int]:
+        """EAX, EBX, ECX, EDX; `alone` in its block."""
+        name = "Cpuid" if alone else "cpuid"
+        outcome = self._execute(f"{cpu} {name} {leaf:x} {subleaf:x}")
         assert (outcome.exception, outcome.rflags) == (None, COMPARISON)
         return outcome.rax, outcome.rbx, outcome.rcx, outcome.rdx
 
-    def rdmsr(self, msr: int, *, cpu: int = 0) -> int | None:
-        """EDX:EAX; None for #GP, which leaves all registers as they were."""
-        outcome = self._execute(f"{cpu} rdmsr {msr:x}")
+    def rdmsr(self, msr: int, *, cpu: int = 0, alone: bool = False) -> int | None:
+        """EDX:EAX; None for #GP, which leaves all registers as they were; `alone` in its block."""
+        outcome = self._execute(f"{cpu} {'Rdmsr' if alone else 'rdmsr'} {msr:x}")
         assert (outcome.rcx, outcome.rflags) == (msr, COMPARISON)
         if outcome.exception is not None:
             assert outcome.exception == "#GP"

@@ -126,8 +126,13 @@ def test_instructions_end_as_the_documents_say(bare: GuestImage, revision: Revis
             assert (ecx >> 13 & 1, edx >> 18 & 1) == (1, 1)
             assert kernel.cpuid(0x1B, cpu=cpu) == (1, 1, 0, 0)
             assert kernel.cpuid(0x1B, 1, cpu=cpu) == (0, 0, 0, 0)
+            for leaf, subleaf in ((7, 0), (0x1B, 0), (0x1B, 1)):
+                alone = kernel.cpuid(leaf, subleaf, cpu=cpu, alone=True)
+                assert alone == kernel.cpuid(leaf, subleaf, cpu=cpu)
             for msr in REGISTERS:
-                assert kernel.rdmsr(msr, cpu=cpu) == platform.engine.rdmsr(msr)
+                for alone_in_block in (False, True):
+                    found = kernel.rdmsr(msr, cpu=cpu, alone=alone_in_block)
+                    assert found == platform.engine.rdmsr(msr)
             _locked_registers(kernel, revision, cpu)
             _pconfig_rows(kernel, vm, revision, cpu)
         for msr in REGISTERS:

@@ -5,9 +5,13 @@
  *
  *     CPU cpuid LEAF SUBLEAF
  *     CPU rdmsr MSR
+ *     CPU Cpuid LEAF SUBLEAF
+ *     CPU Rdmsr MSR
  *     CPU wrmsr MSR VALUE
  *     CPU pconfig LEAF OFFSET KEYID CONTROL RESERVED DATA_KEY TWEAK_KEY
  *
+ * With a capital they are alone in their block, for QEMU: they follow a load of SS, and what is
+ * behind them was executed before, as a block of its own.
  * CPU 2 is the first one again, at privilege level 3, where the last three raise exceptions.
  * Numbers are hexadecimal; OFFSET is added to an aligned RBX, RESERVED is a byte at offset 6 of
  * MKTME_KEY_PROGRAM_STRUCT, and keys are bytes, or - for none. It answers with a line
@@ -180,7 +184,7 @@ void on_exception(struct registers *registers)
 	                   "+d"((operation)->rdx), [rflags] "+m"((operation)->rflags),             \
 	                   [at] "=m"((operation)->at), [resume] "=m"((operation)->resume)          \
 	                 :                                                                         \
-	                 : "r8", "cc", "memory")
+	                 : "r8", "r9", "cc", "memory")
 
 #define EXECUTE_AS_USER(operation, instruction)                                                    \
 	__asm__ volatile("leaq 1f(%%rip), %%r8\n\t"                                                \
@@ -220,6 +224,27 @@ static void execute_as_user(struct operation *operation)
 	}
 }
 
+static uint64_t skip __attribute__((used));
+
+#define ALONE(instruction)                                                                         \
+	"movq %%rcx, %%r9\n\t"                                                                     \
+	"movq skip(%%rip), %%rcx\n\t"                                                              \
+	"jrcxz 4f\n\t"                                                                             \
+	"movq %%r9, %%rcx\n\t"                                                                     \
+	"jmp 3f\n\t"                                                                               \
+	"4: movq %%r9, %%rcx\n\t"                                                                  \
+	"movl %%ss, %%r8d\n\t"                                                                     \
+	"movl %%r8d, %%ss\n\t" instruction "\n\t"                                                  \
+	"3:\n\t"
+
+static __attribute__((noinline, noclone)) void execute_alone(struct operation *operation)
+{
+	if (operation->name == 'C')
+		EXECUTE(operation, ALONE("cpuid"));
+	else
+		EXECUTE(operation, ALONE("rdmsr"));
+}
+
 static void execute(struct operation *operation)
 {
 	struct operation warm_up = {0};
@@ -239,6 +264,14 @@ static void execute(struct operation *operation)
 		break;
 	case 'p':
 		EXECUTE(operation, ".byte 0x0f, 0x01, 0xc5");
+		break;
+	case 'C':
+	case 'R':
+		warm_up = *operation;
+		skip = 1;
+		execute_alone(&warm_up);
+		skip = 0;
+		execute_alone(operation);
 		break;
 	}
 }
@@ -308,10 +341,12 @@ static void obey(char *line)
 	operation.name = *word(&line);
 	switch (operation.name) {
 	case 'c':
+	case 'C':
 		operation.rax = number(&line);
 		operation.rcx = number(&line);
 		break;
 	case 'r':
+	case 'R':
 		operation.rcx = number(&line);
 		operation.rdx = 0x2222222222222222;
 		break;
