@@ -27,9 +27,8 @@ void mktme_tme_port_init(const struct mktme_registers *registers, int socket, un
 /* At an exception or interrupt, before its handler executes anything. */
 void mktme_tme_port_discontinuity(unsigned int vcpu_index, uint64_t handler);
 
-/* Ask for callbacks on one instruction of a block, given its bytes. */
-void mktme_tme_port_translate(struct qemu_plugin_tb *tb, size_t index, const uint8_t *bytes,
-                              size_t size);
+/* Ask for callbacks on one instruction of a block. */
+void mktme_tme_port_translate(struct qemu_plugin_tb *tb, size_t index);
 
 #else
 
@@ -49,9 +48,7 @@ static inline void mktme_tme_port_discontinuity(unsigned int vcpu_index MKTME_UN
 }
 
 static inline void mktme_tme_port_translate(struct qemu_plugin_tb *tb MKTME_UNUSED,
-                                            size_t index MKTME_UNUSED,
-                                            const uint8_t *bytes MKTME_UNUSED,
-                                            size_t size MKTME_UNUSED)
+                                            size_t index MKTME_UNUSED)
 {
 }
 
