@@ -153,11 +153,9 @@ static void flush(unsigned int vcpu_index, void *userdata MKTME_UNUSED)
  * What a stale translation misplaces until the next flush is found by page tracking, as is all
  * else that stores do not show.
  */
-static void track_stores(struct qemu_plugin_insn *insn)
+static void track_stores(struct qemu_plugin_insn *insn, const uint8_t *bytes, size_t size)
 {
 	qemu_plugin_vcpu_mem_cb_t callback = check_tlb ? on_store_slow : on_store;
-	uint8_t bytes[MAX_INSTRUCTION_BYTES];
-	size_t size = qemu_plugin_insn_data(insn, bytes, sizeof(bytes));
 
 	if (mktme_flushes_tlb(bytes, size) || qemu_plugin_insn_vaddr(insn) == MKTME_RESET_VECTOR) {
 		qemu_plugin_register_vcpu_insn_exec_cb(insn, flush, QEMU_PLUGIN_CB_NO_REGS, NULL);
@@ -171,11 +169,22 @@ static void on_translation(MKTME_TB_CALLBACK(tb))
 {
 	size_t count = qemu_plugin_tb_n_insns(tb);
 
+	if (options.share_registers)
+		mktme_tme_port_translate_block(tb);
 	for (size_t i = 0; i < count; i++) {
-		if (options.share_registers)
-			mktme_tme_port_translate(tb, i);
+		struct qemu_plugin_insn *insn = qemu_plugin_tb_get_insn(tb, i);
+		bool may_be_ours = options.share_registers &&
+		                   mktme_tme_port_may_be(qemu_plugin_insn_size(insn));
+		uint8_t bytes[MAX_INSTRUCTION_BYTES];
+		size_t size;
+
+		if (!options.track_stores && !may_be_ours)
+			continue;
+		size = qemu_plugin_insn_data(insn, bytes, sizeof(bytes));
+		if (may_be_ours)
+			mktme_tme_port_translate(tb, i, bytes, size);
 		if (options.track_stores)
-			track_stores(qemu_plugin_tb_get_insn(tb, i));
+			track_stores(insn, bytes, size);
 	}
 }
 

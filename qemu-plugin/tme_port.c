@@ -81,10 +81,6 @@ static const char *const register_names[REGISTERS] = {
 
 #define PCONFIG_BYTES 3
 
-/* Of the instructions that are looked for: two bytes of opcode, and hardly ever a prefix. */
-#define MIN_SIZE 2
-#define MAX_SIZE 4
-
 /* What an exception leaves on the stack in IA-32e mode, above an error code if it has one. */
 struct frame {
 	uint64_t rip;
@@ -615,25 +611,28 @@ static void call_if_pending(struct qemu_plugin_insn *insn)
 	                                            QEMU_PLUGIN_COND_NE, pending, 0, NULL);
 }
 
-void mktme_tme_port_translate(struct qemu_plugin_tb *tb, size_t index)
+void mktme_tme_port_translate_block(struct qemu_plugin_tb *tb)
+{
+	struct qemu_plugin_insn *first = qemu_plugin_tb_get_insn(tb, 0);
+	uint64_t vaddr = qemu_plugin_insn_vaddr(first);
+
+	if (is_follower(vaddr))
+		call_if_pending(first);
+	if (vaddr == MKTME_RESET_VECTOR)
+		qemu_plugin_register_vcpu_insn_exec_cb(first, on_reset, QEMU_PLUGIN_CB_NO_REGS,
+		                                       NULL);
+}
+
+void mktme_tme_port_translate(struct qemu_plugin_tb *tb, size_t index, const uint8_t *bytes,
+                              size_t size)
 {
 	struct qemu_plugin_insn *insn = qemu_plugin_tb_get_insn(tb, index);
-	uint64_t vaddr = qemu_plugin_insn_vaddr(insn);
-	size_t size = qemu_plugin_insn_size(insn);
-	const struct instruction *instruction = NULL;
-	uint8_t bytes[MAX_SIZE];
+	const struct instruction *instruction = find_instruction(bytes, size);
+	uint64_t vaddr;
 
-	if (index == 0 && is_follower(vaddr))
-		call_if_pending(insn);
-	if (vaddr == MKTME_RESET_VECTOR)
-		qemu_plugin_register_vcpu_insn_exec_cb(insn, on_reset, QEMU_PLUGIN_CB_NO_REGS,
-		                                       NULL);
-	if (size >= MIN_SIZE && size <= MAX_SIZE) {
-		qemu_plugin_insn_data(insn, bytes, size);
-		instruction = find_instruction(bytes, size);
-	}
 	if (!instruction)
 		return;
+	vaddr = qemu_plugin_insn_vaddr(insn);
 	qemu_plugin_register_vcpu_insn_exec_cb(insn, instruction->callback, QEMU_PLUGIN_CB_RW_REGS,
 	                                       (void *)vaddr);
 	if (!instruction->has_answer)

@@ -13,6 +13,12 @@
 /* Where a CPU starts after a reset (SDM vol. 3A, "First Instruction Executed"). */
 #define MKTME_RESET_VECTOR UINT64_C(0xfffffff0)
 
+/* Whether an instruction may be one of ours: two bytes of opcode, and hardly ever a prefix. */
+static inline bool mktme_tme_port_may_be(size_t size)
+{
+	return size >= 2 && size <= 4;
+}
+
 #if MKTME_QEMU_API >= 7
 
 /* Before there is any vCPU. */
@@ -27,8 +33,11 @@ void mktme_tme_port_init(const struct mktme_registers *registers, int socket, un
 /* At an exception or interrupt, before its handler executes anything. */
 void mktme_tme_port_discontinuity(unsigned int vcpu_index, uint64_t handler);
 
-/* Ask for callbacks on one instruction of a block. */
-void mktme_tme_port_translate(struct qemu_plugin_tb *tb, size_t index);
+/* Ask for callbacks on a block, then on its instructions that may be one of ours, in their order.
+ */
+void mktme_tme_port_translate_block(struct qemu_plugin_tb *tb);
+void mktme_tme_port_translate(struct qemu_plugin_tb *tb, size_t index, const uint8_t *bytes,
+                              size_t size);
 
 #else
 
@@ -47,8 +56,14 @@ static inline void mktme_tme_port_discontinuity(unsigned int vcpu_index MKTME_UN
 {
 }
 
+static inline void mktme_tme_port_translate_block(struct qemu_plugin_tb *tb MKTME_UNUSED)
+{
+}
+
 static inline void mktme_tme_port_translate(struct qemu_plugin_tb *tb MKTME_UNUSED,
-                                            size_t index MKTME_UNUSED)
+                                            size_t index MKTME_UNUSED,
+                                            const uint8_t *bytes MKTME_UNUSED,
+                                            size_t size MKTME_UNUSED)
 {
 }
 
