@@ -208,14 +208,21 @@ static bool is_supervisor(struct vcpu *vcpu)
 	return !(read_register(vcpu, EFLAGS) & EFLAGS_VM) && (read_register(vcpu, CS) & 3) == 0;
 }
 
+static bool knows_landmark(const struct landmarks *landmarks, uint64_t vaddr)
+{
+	for (size_t i = 0; i < LANDMARKS; i++) {
+		if (__atomic_load_n(&landmarks->addresses[i], __ATOMIC_RELAXED) == vaddr)
+			return true;
+	}
+	return false;
+}
+
 static void note_landmark(struct landmarks *landmarks, uint64_t vaddr)
 {
 	unsigned int next;
 
-	for (size_t i = 0; i < LANDMARKS; i++) {
-		if (__atomic_load_n(&landmarks->addresses[i], __ATOMIC_RELAXED) == vaddr)
-			return;
-	}
+	if (knows_landmark(landmarks, vaddr))
+		return;
 	next = __atomic_fetch_add(&landmarks->next, 1, __ATOMIC_RELAXED);
 	__atomic_store_n(&landmarks->addresses[next % LANDMARKS], vaddr, __ATOMIC_RELAXED);
 }
@@ -352,7 +359,8 @@ static void on_wrmsr(unsigned int vcpu_index, void *userdata MKTME_UNUSED)
 
 static void on_iretq(unsigned int vcpu_index, void *userdata)
 {
-	if (is_supervisor(&vcpus[vcpu_index]))
+	/* A kernel has one or two, and executes them at each page fault. */
+	if (!knows_landmark(&iretqs, (uint64_t)userdata) && is_supervisor(&vcpus[vcpu_index]))
 		note_landmark(&iretqs, (uint64_t)userdata);
 }
 
