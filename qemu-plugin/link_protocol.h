@@ -5,9 +5,10 @@
  * The plugin connects to the engine's AF_UNIX/SOCK_SEQPACKET socket and sends one message: a hello,
  * its RAM blocks, its segments, and with them (SCM_RIGHTS) one descriptor per RAM block, then the
  * userfaultfd if it has the engine serve faults, or the userfaultfd and /proc/self/pagemap if it
- * tracks pages (it never does both), then the store map if it tracks stores.
- * The engine answers with one message. After that nobody speaks: either side closing the socket is
- * the only event left.
+ * tracks pages (it never does both), then the store map if it tracks stores, then the register page
+ * if the guest is to see the platform's registers.
+ * The engine answers with one message. After that a plugin with a register page calls, one call at
+ * a time, and each is answered; no other speaks. Either side closing the socket is the end.
  *
  * All integers are little-endian; every structure is laid out without padding, so that the Python
  * side can describe it with "<" formats. The engine checks every length and range in here: it does
@@ -21,15 +22,16 @@
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the wire format is the host's");
 
-#define MKTME_LINK_VERSION      1
-#define MKTME_HELLO_MAGIC       "MKTMELNK"
-#define MKTME_ANSWER_MAGIC      "MKTMEANS"
-#define MKTME_MAX_BLOCKS        16
-#define MKTME_MAX_SEGMENTS      17
-#define MKTME_MAX_REASON_BYTES  480
-#define MKTME_CAPABILITY_STORES (1u << 0)
-#define MKTME_CAPABILITY_PAGES  (1u << 1)
-#define MKTME_CAPABILITY_FAULTS (1u << 2)
+#define MKTME_LINK_VERSION         1
+#define MKTME_HELLO_MAGIC          "MKTMELNK"
+#define MKTME_ANSWER_MAGIC         "MKTMEANS"
+#define MKTME_MAX_BLOCKS           16
+#define MKTME_MAX_SEGMENTS         17
+#define MKTME_MAX_REASON_BYTES     480
+#define MKTME_CAPABILITY_STORES    (1u << 0)
+#define MKTME_CAPABILITY_PAGES     (1u << 1)
+#define MKTME_CAPABILITY_FAULTS    (1u << 2)
+#define MKTME_CAPABILITY_REGISTERS (1u << 3)
 
 /* The unit of page tracking, and of the micro-TLB. */
 #define MKTME_PAGE_BYTES 4096u
@@ -106,5 +108,63 @@ struct mktme_store_map_header {
 	uint8_t padding[4096 - 64 - 64 * 32];
 };
 static_assert(sizeof(struct mktme_store_map_header) == 4096, "wire format");
+
+/*
+ * The register page: a memfd of one page, what RDMSR and CPUID give. The engine fills it before it
+ * answers the hello, and writes it again whenever a register changes; the sequence is odd while it
+ * does.
+ */
+#define MKTME_REGISTERS_MAGIC     "MKTMEREG"
+#define MKTME_REGISTERS_VERSION   1
+#define MKTME_REGISTERS_MAX_CPUID 8
+#define MKTME_REGISTERS_MAX_MSRS  16
+
+/* What a leaf has beside what QEMU says of it: to be ORed to EAX, EBX, ECX and EDX. */
+struct mktme_cpuid {
+	uint32_t leaf;
+	uint32_t subleaf;
+	uint32_t bits[4];
+};
+static_assert(sizeof(struct mktme_cpuid) == 24, "wire format");
+
+struct mktme_msr {
+	uint32_t number;
+	uint32_t faults; /* Whether RDMSR is a #GP. */
+	uint64_t value;
+};
+static_assert(sizeof(struct mktme_msr) == 16, "wire format");
+
+struct mktme_registers {
+	char magic[8];
+	uint32_t version;
+	uint32_t sequence;
+	uint32_t has_pconfig; /* Whether there is the instruction. */
+	uint16_t cpuid_count;
+	uint16_t msr_count;
+	struct mktme_cpuid cpuid[MKTME_REGISTERS_MAX_CPUID];
+	struct mktme_msr msrs[MKTME_REGISTERS_MAX_MSRS];
+};
+static_assert(sizeof(struct mktme_registers) == 472, "wire format");
+
+/* A call: what changes a register or a key, as the vCPU executes it at privilege level 0. */
+#define MKTME_CALL_WRMSR     1
+#define MKTME_CALL_PCONFIG   2
+#define MKTME_PCONFIG_STRUCT 192
+
+struct mktme_call {
+	uint32_t operation;
+	uint32_t number;                       /* ECX; EAX of PCONFIG. */
+	uint64_t value;                        /* EDX:EAX; RBX of PCONFIG. */
+	uint8_t program[MKTME_PCONFIG_STRUCT]; /* What PCONFIG has at RBX. */
+};
+static_assert(sizeof(struct mktme_call) == 208, "wire format");
+
+struct mktme_call_answer {
+	uint32_t faults; /* 1: #GP(0), and the rest is 0. */
+	uint32_t rax;    /* Of PCONFIG; so is ZF. */
+	uint32_t zf;
+	uint32_t reserved;
+};
+static_assert(sizeof(struct mktme_call_answer) == 16, "wire format");
 
 #endif

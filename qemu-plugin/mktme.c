@@ -3,13 +3,15 @@
  * The QEMU plugin: finds the guest's RAM, hands it to the engine, and tells the engine where vCPUs
  * store. Its arguments (parse_arguments) are
  *     socket=PATH,vm=UUID,track=stores+pages[,datapath=inline][,ram-below-4g=BYTES]
- *     [,module=BYTES@ADDRESS]...[,check-tlb=on]
+ *     [,module=BYTES@ADDRESS]...[,check-tlb=on][,visible=on]
  *
  * What vCPUs store is seen here, line by line. What else writes to RAM is not: devices, firmware
  * loading, exception frames, page-table accessed and dirty bits, and the instructions that QEMU
  * lets write through a host pointer (XSAVE, FXSAVE: target/i386/tcg/access.c). Page tracking sees
  * all of it; the plugin only sets that up (ram_link.c). With datapath=inline so do page faults:
  * the engine serves them all, and stores only tell which lines of a page changed.
+ *
+ * With visible=on the guest also sees the platform's memory encryption: tme_port.c.
  */
 #include <pthread.h>
 #include <stdarg.h>
@@ -23,9 +25,7 @@
 #include "qemu_api.h"
 #include "ram_link.h"
 #include "store_map.h"
-
-/* Where a CPU starts after a reset (SDM vol. 3A, "First Instruction Executed"). */
-#define RESET_VECTOR UINT64_C(0xfffffff0)
+#include "tme_port.h"
 
 /* The longest x86 instruction. */
 #define MAX_INSTRUCTION_BYTES 15
@@ -153,24 +153,38 @@ static void flush(unsigned int vcpu_index, void *userdata MKTME_UNUSED)
  * What a stale translation misplaces until the next flush is found by page tracking, as is all
  * else that stores do not show.
  */
+static void track_stores(struct qemu_plugin_insn *insn, const uint8_t *bytes, size_t size)
+{
+	qemu_plugin_vcpu_mem_cb_t callback = check_tlb ? on_store_slow : on_store;
+
+	if (mktme_flushes_tlb(bytes, size) || qemu_plugin_insn_vaddr(insn) == MKTME_RESET_VECTOR) {
+		qemu_plugin_register_vcpu_insn_exec_cb(insn, flush, QEMU_PLUGIN_CB_NO_REGS, NULL);
+		callback = on_store_of_flush;
+	}
+	qemu_plugin_register_vcpu_mem_cb(insn, callback, QEMU_PLUGIN_CB_NO_REGS, QEMU_PLUGIN_MEM_W,
+	                                 NULL);
+}
+
 static void on_translation(MKTME_TB_CALLBACK(tb))
 {
 	size_t count = qemu_plugin_tb_n_insns(tb);
 
+	if (options.share_registers)
+		mktme_tme_port_translate_block(tb);
 	for (size_t i = 0; i < count; i++) {
 		struct qemu_plugin_insn *insn = qemu_plugin_tb_get_insn(tb, i);
-		qemu_plugin_vcpu_mem_cb_t callback = check_tlb ? on_store_slow : on_store;
+		bool may_be_ours = options.share_registers &&
+		                   mktme_tme_port_may_be(qemu_plugin_insn_size(insn));
 		uint8_t bytes[MAX_INSTRUCTION_BYTES];
-		size_t size = qemu_plugin_insn_data(insn, bytes, sizeof(bytes));
+		size_t size;
 
-		if (mktme_flushes_tlb(bytes, size) ||
-		    qemu_plugin_insn_vaddr(insn) == RESET_VECTOR) {
-			qemu_plugin_register_vcpu_insn_exec_cb(insn, flush, QEMU_PLUGIN_CB_NO_REGS,
-			                                       NULL);
-			callback = on_store_of_flush;
-		}
-		qemu_plugin_register_vcpu_mem_cb(insn, callback, QEMU_PLUGIN_CB_NO_REGS,
-		                                 QEMU_PLUGIN_MEM_W, NULL);
+		if (!options.track_stores && !may_be_ours)
+			continue;
+		size = qemu_plugin_insn_data(insn, bytes, sizeof(bytes));
+		if (may_be_ours)
+			mktme_tme_port_translate(tb, i, bytes, size);
+		if (options.track_stores)
+			track_stores(insn, bytes, size);
 	}
 }
 
@@ -181,16 +195,21 @@ static void on_vcpu_resume(MKTME_VCPU_CALLBACK(vcpu_index))
 
 static void on_discontinuity(unsigned int vcpu_index,
                              enum qemu_plugin_discon_type type MKTME_UNUSED,
-                             uint64_t from_pc MKTME_UNUSED, uint64_t to_pc MKTME_UNUSED,
+                             uint64_t from_pc MKTME_UNUSED, uint64_t to_pc,
                              void *userdata MKTME_UNUSED)
 {
-	flush(vcpu_index, NULL);
+	if (options.track_stores)
+		flush(vcpu_index, NULL);
+	if (options.share_registers)
+		mktme_tme_port_discontinuity(vcpu_index, to_pc);
 }
 
 static void link_up(void)
 {
 	mktme_ram_link_init(&options, &ram_link);
 	lines = ram_link.store_map.lines;
+	if (options.share_registers)
+		mktme_tme_port_init(ram_link.registers, ram_link.socket, options.vcpus);
 }
 
 /*
@@ -303,6 +322,12 @@ static bool parse_check_tlb(const char *text)
 	return check_tlb || strcmp(text, "off") == 0;
 }
 
+static bool parse_visible(const char *text)
+{
+	options.share_registers = strcmp(text, "on") == 0;
+	return options.share_registers || strcmp(text, "off") == 0;
+}
+
 /* QEMU turns a bare NAME into NAME=on, so every argument has a value. */
 static int parse_arguments(int argc, char **argv)
 {
@@ -322,6 +347,7 @@ static int parse_arguments(int argc, char **argv)
 		 "BYTES@ADDRESS of an NVDIMM or a DIMM, in decimal and whole pages, up to 8 times",
 		 false},
 	        {"check-tlb=", parse_check_tlb, "on or off", false},
+	        {"visible=", parse_visible, "on or off", false},
 	};
 	const size_t known = sizeof(arguments) / sizeof(arguments[0]);
 	bool given[sizeof(arguments) / sizeof(arguments[0])] = {false};
@@ -350,6 +376,9 @@ static int parse_arguments(int argc, char **argv)
 
 static int check_combination(void)
 {
+	if (options.share_registers && MKTME_QEMU_API < 7)
+		return refuse("visible=on needs QEMU 11.1: before it a plugin cannot write "
+		              "registers");
 	if (check_tlb && !options.track_stores)
 		return refuse(
 		        "check-tlb=on checks what track=stores uses: add it, or leave it out");
@@ -399,6 +428,10 @@ MKTME_EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *inf
 		if (prepare_stores() < 0)
 			return -1;
 		mktme_register_vcpu_resume(id, on_vcpu_resume);
+	}
+	if (options.share_registers)
+		mktme_tme_port_install();
+	if (options.track_stores || options.share_registers) {
 		mktme_register_discontinuity(id, on_discontinuity);
 		mktme_register_translation(id, on_translation);
 	}

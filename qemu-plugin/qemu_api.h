@@ -41,6 +41,9 @@ struct qemu_plugin_hwaddr;
 
 enum qemu_plugin_cb_flags {
 	QEMU_PLUGIN_CB_NO_REGS,
+	QEMU_PLUGIN_CB_R_REGS,
+	QEMU_PLUGIN_CB_RW_REGS,
+	QEMU_PLUGIN_CB_RW_REGS_PC,
 };
 
 enum qemu_plugin_mem_rw {
@@ -54,6 +57,7 @@ typedef void (*qemu_plugin_vcpu_mem_cb_t)(unsigned int vcpu_index, qemu_plugin_m
 size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *tb);
 struct qemu_plugin_insn *qemu_plugin_tb_get_insn(const struct qemu_plugin_tb *tb, size_t index);
 size_t qemu_plugin_insn_data(const struct qemu_plugin_insn *insn, void *ret, size_t size);
+size_t qemu_plugin_insn_size(const struct qemu_plugin_insn *insn);
 uint64_t qemu_plugin_insn_vaddr(const struct qemu_plugin_insn *insn);
 void qemu_plugin_register_vcpu_insn_exec_cb(struct qemu_plugin_insn *insn,
                                             qemu_plugin_vcpu_udata_cb_t callback,
@@ -148,6 +152,62 @@ static inline void mktme_register_discontinuity(qemu_plugin_id_t id MKTME_UNUSED
                                                 qemu_plugin_vcpu_discon_cb_t callback MKTME_UNUSED)
 {
 }
+
+#endif
+
+#if MKTME_QEMU_API >= 7
+
+/*
+ * Registers, memory, and callbacks on a condition. GLib's two types are QEMU's, as is the GLib in
+ * its process; these members and functions have been the same in all of GLib 2.
+ */
+typedef struct {
+	char *data;
+	unsigned int len;
+} GArray;
+
+typedef struct {
+	uint8_t *data;
+	unsigned int len;
+} GByteArray;
+
+GByteArray *g_byte_array_sized_new(unsigned int reserved_size);
+GByteArray *g_byte_array_set_size(GByteArray *array, unsigned int size);
+char *g_array_free(GArray *array, int free_segment);
+
+struct qemu_plugin_register;
+struct qemu_plugin_scoreboard;
+
+typedef struct {
+	struct qemu_plugin_register *handle;
+	const char *name;
+	const char *feature;
+	bool is_readonly;
+} qemu_plugin_reg_descriptor;
+
+typedef struct {
+	struct qemu_plugin_scoreboard *score;
+	size_t offset;
+} qemu_plugin_u64;
+
+enum qemu_plugin_cond {
+	QEMU_PLUGIN_COND_NE = 3,
+};
+
+GArray *qemu_plugin_get_registers(void);
+bool qemu_plugin_read_register(struct qemu_plugin_register *handle, GByteArray *ret);
+bool qemu_plugin_write_register(struct qemu_plugin_register *handle, GByteArray *value);
+void qemu_plugin_set_pc(uint64_t vaddr);
+bool qemu_plugin_read_memory_vaddr(uint64_t vaddr, GByteArray *ret, size_t size);
+bool qemu_plugin_write_memory_vaddr(uint64_t vaddr, GByteArray *data);
+struct qemu_plugin_scoreboard *qemu_plugin_scoreboard_new(size_t element_size);
+void qemu_plugin_u64_set(qemu_plugin_u64 entry, unsigned int vcpu_index, uint64_t value);
+void qemu_plugin_register_vcpu_insn_exec_cond_cb(struct qemu_plugin_insn *insn,
+                                                 qemu_plugin_vcpu_udata_cb_t callback,
+                                                 enum qemu_plugin_cb_flags flags,
+                                                 enum qemu_plugin_cond condition,
+                                                 qemu_plugin_u64 entry, uint64_t operand,
+                                                 void *userdata);
 
 #endif
 

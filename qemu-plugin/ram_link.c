@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -28,7 +29,7 @@
 /* The engine only has to look at the hello; it gets that long before QEMU gives up. */
 #define ANSWER_TIMEOUT_S 30
 
-#define MAX_DESCRIPTORS (MKTME_MAX_BLOCKS + 3)
+#define MAX_DESCRIPTORS (MKTME_MAX_BLOCKS + 4)
 
 struct ram_block {
 	dev_t device;
@@ -245,6 +246,28 @@ static int open_pagemap(void)
 	return fd;
 }
 
+/* Make the register page, for the engine to fill. */
+static int make_registers(const struct mktme_registers **ret)
+{
+	int fd = memfd_create("mktme-registers", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+
+	if (fd < 0 || ftruncate(fd, MKTME_PAGE_BYTES) < 0 ||
+	    fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0)
+		mktme_fatal("cannot make the register page: %s", strerror(errno));
+	*ret = mmap(NULL, MKTME_PAGE_BYTES, PROT_READ, MAP_SHARED, fd, 0);
+	if (*ret == MAP_FAILED)
+		mktme_fatal("cannot map the register page: %s", strerror(errno));
+	return fd;
+}
+
+static void check_registers(const struct mktme_registers *registers)
+{
+	if (memcmp(registers->magic, MKTME_REGISTERS_MAGIC, sizeof(registers->magic)) != 0 ||
+	    registers->version != MKTME_REGISTERS_VERSION)
+		mktme_fatal("the engine's register page is not of version %d",
+		            MKTME_REGISTERS_VERSION);
+}
+
 static int connect_to_engine(const struct sockaddr_un *address)
 {
 	const struct timeval timeout = {.tv_sec = ANSWER_TIMEOUT_S};
@@ -366,7 +389,6 @@ void mktme_ram_link_init(const struct mktme_link_options *options, struct mktme_
 	struct mktme_hello *hello = &message.hello;
 	uint8_t *tail = message.tail;
 	uint64_t ram_bytes = 0;
-	int socket;
 
 	memcpy(hello->magic, MKTME_HELLO_MAGIC, sizeof(hello->magic));
 	hello->version = MKTME_LINK_VERSION;
@@ -415,8 +437,15 @@ void mktme_ram_link_init(const struct mktme_link_options *options, struct mktme_
 		message.descriptors[hello->descriptor_count++] = ret->store_map.fd;
 	}
 
-	socket = connect_to_engine(&options->engine);
-	say_hello(socket, &message);
-	await_answer(socket);
-	start_watcher(socket);
+	if (options->share_registers) {
+		hello->capabilities |= MKTME_CAPABILITY_REGISTERS;
+		message.descriptors[hello->descriptor_count++] = make_registers(&ret->registers);
+	}
+
+	ret->socket = connect_to_engine(&options->engine);
+	say_hello(ret->socket, &message);
+	await_answer(ret->socket);
+	if (options->share_registers)
+		check_registers(ret->registers);
+	start_watcher(ret->socket);
 }

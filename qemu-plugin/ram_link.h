@@ -20,6 +20,7 @@ struct mktme_link_options {
 	bool track_stores;
 	bool track_pages;
 	bool take_faults;            /* Instead of track_pages. */
+	bool share_registers;        /* The guest sees the platform's. */
 	uint64_t ram_below_4g_bytes; /* 0: not given. */
 	/* Where the last blocks are, plugged in or not, in their order; RAM offsets are not set. */
 	struct mktme_hello_segment modules[MKTME_MAX_MODULES];
@@ -31,6 +32,9 @@ struct mktme_ram_link {
 	struct mktme_hello_segment segments[2 + MKTME_MAX_MODULES];
 	size_t segment_count;
 	struct mktme_store_map store_map; /* Only if stores are tracked. */
+	/* The engine's, only if registers are shared; calls about them go over the socket. */
+	const struct mktme_registers *registers;
+	int socket;
 };
 
 /*

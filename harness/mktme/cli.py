@@ -96,6 +96,7 @@ from mktme.vm.pages import parse_pages
 from mktme.vm.platform import Platform
 from mktme.vm.sizes import parse_window
 from mktme.vm.ssh import read_public_key
+from mktme.vm.visible import check_visible, visible_platform
 
 _USAGE_ERRORS: Final = (
     UsageError,
@@ -273,6 +274,13 @@ def run(
         ),
     ] = None,
     platform: PlatformOption = None,
+    visible: Annotated[
+        bool,
+        typer.Option(
+            "--platform-visible",
+            help="Let the guests see the platform's TME: CPUID, MSRs and PCONFIG (QEMU 11).",
+        ),
+    ] = False,
     dram: DramOption = None,
     audit: AuditOption = None,
     ca: CaOption = None,
@@ -313,6 +321,8 @@ def run(
     if module is not None and guests > 1:
         raise UsageError("an NVDIMM is one guest's", hint="leave --guests out")
     set_up = None if platform is None else read_platform(platform)
+    if visible:
+        set_up = visible_platform(set_up)
     all_bytes = memory_bytes + (0 if module is None else module.size_bytes)
     run_demand(all_bytes, algorithm, ranges, guests).check(set_up)
     config = VmConfig(
@@ -332,8 +342,11 @@ def run(
         authorized_keys=() if ssh_key is None else (read_public_key(ssh_key),),
         boot_timeout_s=boot_timeout,
         nvdimm=module,
+        visible=visible,
     )
     check_config(config)
+    if visible:
+        check_visible(config, visible_platform(set_up))
     options = runs.RunOptions(
         connect=connect,
         emulator=qemu,

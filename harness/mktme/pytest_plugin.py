@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""pytest against live VMs: fixtures `mktme_platform`, `mktme_vm`, `mktme_emulator`; marker `mktme`.
+"""pytest against live VMs: fixtures `mktme_platform`, `mktme_vm`; marker `mktme`.
 
 ::
 
@@ -9,7 +9,8 @@
         with mktme_vm.held() as engine:
             assert compare_memory(mktme_vm, engine).passed
 
-A module that has its own fixture `mktme_emulator`, parametrised or not, chooses another QEMU.
+A module that has its own fixture `mktme_emulator`, parametrised or not, chooses another QEMU; with
+`mktme_firmware`, what firmware sets up.
 
 Tests of one module that follow each other and ask for the same guest share it; the next other one
 ends it. A guest that was lost stays lost: later tests that ask for it fail at once and say in
@@ -29,13 +30,14 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 if TYPE_CHECKING:
+    from mktme.engine.firmware import PlatformConfig
     from mktme.vm.config import VmConfig
     from mktme.vm.platform import Platform, Vm
 
 MARKER: Final = (
     "mktme(guest='tiny', datapath='shadow', track='stores+pages', memory='512M', vcpus=1,"
     " algorithm='aes-xts-128', key_file=None, encrypt=True, check_tlb=False, machine='q35',"
-    " firmware='bios', vtpm=False):"
+    " firmware='bios', vtpm=False, visible=False):"
     " the guest that the fixture mktme_vm boots; track=None for plain QEMU"
 )
 DRAM_BYTES: Final = 4 << 30
@@ -66,7 +68,15 @@ def mktme_emulator() -> str | None:
 
 
 @pytest.fixture(scope="module")
-def mktme_platform(mktme_emulator: str | None) -> Iterator[Platform]:
+def mktme_firmware() -> PlatformConfig | None:
+    """What firmware sets up on `mktme_platform`; None for what is usual."""
+    return None
+
+
+@pytest.fixture(scope="module")
+def mktme_platform(
+    mktme_emulator: str | None, mktme_firmware: PlatformConfig | None
+) -> Iterator[Platform]:
     """A `mktme.vm.platform.Platform` for the tests of one module."""
     # Imported here: a project that has this plugin installed but no live test pays nothing.
     from mktme.vm.host import emulator_path
@@ -75,7 +85,9 @@ def mktme_platform(mktme_emulator: str | None) -> Iterator[Platform]:
     with ExitStack() as stack:
         with _fitness():
             emulator = None if mktme_emulator is None else emulator_path(mktme_emulator)
-            platform = stack.enter_context(Platform(DRAM_BYTES, emulator=emulator))
+            platform = stack.enter_context(
+                Platform(DRAM_BYTES, config=mktme_firmware, emulator=emulator)
+            )
         yield platform
 
 
@@ -136,6 +148,7 @@ def vm_config(
     machine: str = "q35",
     firmware: str = "bios",
     vtpm: bool = False,
+    visible: bool = False,
 ) -> VmConfig:
     """A guest's configuration from the marker's words, which are the command line's.
 
@@ -172,6 +185,7 @@ def vm_config(
             pages=tuple(parse_pages(one) for one in pages),
             check_tlb=check_tlb,
             hardware=Hardware(Machine(machine), Firmware(firmware), vtpm=vtpm),
+            visible=visible,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -41,6 +41,7 @@ class MakeQemu(Protocol):
         *block_pages: int,
         segments: tuple[tuple[int, int, int], ...] | None = None,
         track: Track = Track.STORES_AND_PAGES,
+        visible: bool = False,
     ) -> FakeQemu: ...
 
 
@@ -74,8 +75,9 @@ def make_qemu(write_tracking: None) -> Iterator[MakeQemu]:
             *block_pages: int,
             segments: tuple[tuple[int, int, int], ...] | None = None,
             track: Track = Track.STORES_AND_PAGES,
+            visible: bool = False,
         ) -> FakeQemu:
-            qemu = FakeQemu(block_pages or (64,), segments=segments, track=track)
+            qemu = FakeQemu(block_pages or (64,), segments=segments, track=track, visible=visible)
             return stack.enter_context(qemu)
 
         yield make
@@ -112,6 +114,7 @@ class Guests:
         mode: KeyMode = KeyMode.RANDOM,
         algorithm: Algorithm = Algorithm.AES_XTS_128,
         key_file: Path | None = None,
+        visible: bool = False,
     ) -> wire.VmAdded:
         """Tell the engine of a VM."""
         added = self.client.add_vm(
@@ -122,6 +125,7 @@ class Guests:
             algorithm=algorithm,
             mode=mode,
             key_file=key_file,
+            visible=visible,
         )
         self._stack.callback(self._forget, qemu)
         return added
@@ -134,10 +138,13 @@ class Guests:
         mode: KeyMode = KeyMode.RANDOM,
         algorithm: Algorithm = Algorithm.AES_XTS_128,
         key_file: Path | None = None,
+        visible: bool = False,
     ) -> tuple[FakeQemu, wire.VmAdded]:
         """A VM that is announced and linked."""
-        qemu = self._make_qemu(*block_pages, segments=segments, track=track)
-        added = self.announce(qemu, track=track, mode=mode, algorithm=algorithm, key_file=key_file)
+        qemu = self._make_qemu(*block_pages, segments=segments, track=track, visible=visible)
+        added = self.announce(
+            qemu, track=track, mode=mode, algorithm=algorithm, key_file=key_file, visible=visible
+        )
         qemu.link(self.link_socket)
         return qemu, added
 

@@ -46,6 +46,7 @@ DEADLINE_S: Final = 20.0
 STORES: Final = 1
 PAGES: Final = 2
 FAULTS: Final = 4
+REGISTERS: Final = 8
 
 VM: Final = uuid.UUID("6f3d4b9e-4c0b-4c3a-9a55-1a4f4f0f8a11")
 
@@ -92,7 +93,7 @@ class HelloFields:
         tail = b"".join(struct.pack("<QQ", *block) for block in self.blocks)
         tail += b"".join(struct.pack("<QQQ", *segment) for segment in segments)
         descriptors = len(self.blocks) + has_map + 2 * bool(self.capabilities & PAGES)
-        descriptors += bool(self.capabilities & FAULTS)
+        descriptors += bool(self.capabilities & FAULTS) + bool(self.capabilities & REGISTERS)
         map_bytes = MAP_HEADER + ram_bytes // LINE if has_map else 0
         head = struct.pack(
             "<8sHHHHHHI16sQIIQ",
@@ -157,6 +158,7 @@ class FakeQemu:
         segments: guest-physical to RAM offset; None for all RAM at 0.
         track: what the plugin was told to track.
         faults: the inline data path: faults are to be served, and pages are not tracked.
+        visible: whether there is a page for the platform's registers.
         vm: which VM this is.
     """
 
@@ -167,6 +169,7 @@ class FakeQemu:
         segments: tuple[tuple[int, int, int], ...] | None = None,
         track: Track = Track.STORES_AND_PAGES,
         faults: bool = False,
+        visible: bool = False,
         vm: uuid.UUID | None = None,
     ) -> None:
         self.vm = vm or uuid.uuid4()
@@ -204,9 +207,14 @@ class FakeQemu:
                 self._map = mmap.mmap(descriptor, 0)
                 stack.callback(self._map.close)
                 self.descriptors.append(descriptor)
+            if visible:
+                self.register_page = make_register_page()
+                stack.callback(os.close, self.register_page)
+                self.descriptors.append(self.register_page)
             self._stack = stack.pop_all()
         self._blocks = blocks
         capabilities = STORES * track.stores | (FAULTS if faults else PAGES * track.pages)
+        capabilities |= REGISTERS * visible
         self.hello = HelloFields(
             vm=self.vm,
             capabilities=capabilities,
@@ -364,6 +372,14 @@ def make_store_map(
     os.ftruncate(descriptor, MAP_HEADER + ram_bytes // LINE)
     os.pwrite(descriptor, struct.pack("<8sIIQQ", *fields.values()), 0)
     fcntl.fcntl(descriptor, _F_ADD_SEALS, seals)
+    return descriptor
+
+
+def make_register_page(size_bytes: int = PAGE) -> int:
+    """A register page as ``qemu-plugin/ram_link.c`` makes it, or of another size."""
+    descriptor = os.memfd_create("mktme-registers", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, size_bytes)
+    fcntl.fcntl(descriptor, _F_ADD_SEALS, SEAL_SHRINK | SEAL_GROW | SEAL_SEAL)
     return descriptor
 
 

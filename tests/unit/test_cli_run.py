@@ -115,6 +115,45 @@ def test_platform_arrives(
     )
 
 
+def test_visible_platform_arrives(mktme: Mktme, asked: Asked, toml: Callable[[str], Path]) -> None:
+    assert mktme("run").code == ExitCode.OK
+    assert asked.config is not None
+    assert asked.options is not None
+    assert (asked.config.visible, asked.options.platform) == (False, None)
+    assert mktme("run", "--platform-visible").code == ExitCode.OK
+    assert asked.config.visible
+    assert asked.options.platform == PlatformConfig(physical_address_bits=40)
+    file = toml("keyid-bits = 2\nphysical-address-bits = 40\n")
+    assert mktme("run", "--platform-visible", "--platform", file).code == ExitCode.OK
+    assert asked.options.platform == PlatformConfig(physical_address_bits=40, keyid_bits=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint", "hint"),
+    [
+        ("keyid-bits = 2", "the platform has 46 physical address bits", "physical-address-bits"),
+        (
+            "keyid-bits = 9\nphysical-address-bits = 40",
+            "9 KeyID bits of 40 leave the guest 40 - 9 for addresses",
+            "keyid-bits = 8 or fewer",
+        ),
+    ],
+)
+def test_platform_that_no_guest_can_see(
+    mktme: Mktme,
+    asked: Asked,
+    toml: Callable[[str], Path],
+    text: str,
+    complaint: str,
+    hint: str,
+) -> None:
+    result = mktme("run", "--platform-visible", "--platform", toml(text))
+    assert result.code == ExitCode.USAGE
+    assert complaint in " ".join(result.err.split())
+    assert hint in result.err
+    assert asked.options is None
+
+
 def test_emulator_arrives(mktme: Mktme, asked: Asked, tmp_path: Path) -> None:
     emulator = tmp_path / "qemu"
     emulator.touch(0o755)

@@ -143,6 +143,7 @@ GOOD: Final = f"socket=/x,vm={VM},track=pages"
         (f"{GOOD},vm={VM.hex}", f"'vm={VM.hex}': expected the UUID"),
         (f"{GOOD},track=everything", "expected stores, pages, stores+pages or off"),
         (f"{GOOD},datapath=none", "'datapath=none': expected shadow or inline"),
+        (f"{GOOD},visible=yes", "'visible=yes': expected on or off"),
         (f"{GOOD},track=off", "track=off is for datapath=inline"),
         (f"{GOOD},track=off,datapath=shadow", "track=off is for datapath=inline"),
         (f"{GOOD},datapath=inline", "use track=stores or track=off"),
@@ -171,6 +172,14 @@ def test_wrong_argument_is_named_and_qemu_does_not_start(
     assert status == 1
     assert len(said) == 1
     assert complaint in said[0]
+
+
+def test_registers_need_a_qemu_whose_plugins_can_write_them(plugin: Path) -> None:
+    if plugin.name == "mktme-api7.so":
+        pytest.skip("this QEMU's can")
+    status, said = finish(start(plugin, Arguments(plugin=f"{GOOD},visible=on")))
+    assert status == 1
+    assert said == ["mktme: visible=on needs QEMU 11.1: before it a plugin cannot write registers"]
 
 
 def test_stores_of_several_vcpus_need_a_qemu_that_survives_them(plugin: Path) -> None:

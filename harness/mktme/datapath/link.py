@@ -30,7 +30,7 @@ from mktme.engine.xts import LINE_BYTES, PAGE_BYTES
 PROTOCOL_VERSION: Final = 1
 MAX_BLOCKS: Final = 16
 MAX_SEGMENTS: Final = 17
-MAX_DESCRIPTORS: Final = MAX_BLOCKS + 3
+MAX_DESCRIPTORS: Final = MAX_BLOCKS + 4
 MAX_VCPUS: Final = 4096
 
 _HELLO: Final = struct.Struct("<8sHHHHHHI16sQIIQ")
@@ -49,7 +49,10 @@ _REASON_MAX_BYTES: Final = 480
 CAPABILITY_STORES: Final = 1 << 0
 CAPABILITY_PAGES: Final = 1 << 1
 CAPABILITY_FAULTS: Final = 1 << 2
-_KNOWN_CAPABILITIES: Final = CAPABILITY_STORES | CAPABILITY_PAGES | CAPABILITY_FAULTS
+CAPABILITY_REGISTERS: Final = 1 << 3
+_KNOWN_CAPABILITIES: Final = (
+    CAPABILITY_STORES | CAPABILITY_PAGES | CAPABILITY_FAULTS | CAPABILITY_REGISTERS
+)
 
 # x86 physical addresses have at most 52 bits (SDM vol. 3A, 4.1.4), user addresses 56 with LA57.
 _PHYSICAL_LIMIT: Final = 1 << 52
@@ -104,7 +107,8 @@ class Hello:
         plugin_api: the QEMU plugin API version that the plugin was built for.
         vcpus: the most vCPUs this VM can have.
         capabilities: `CAPABILITY_STORES`, and one of `CAPABILITY_PAGES` (the shadow data path)
-            and `CAPABILITY_FAULTS` (inline) or neither.
+            and `CAPABILITY_FAULTS` (inline) or neither; `CAPABILITY_REGISTERS` if the guest is
+            to see the platform's registers.
         store_map_bytes: size of the store map's memfd with its header, 0 without one.
         blocks: guest RAM, in RAM offset order.
         segments: guest-physical to RAM offset, covering each RAM byte once.
@@ -132,6 +136,8 @@ class Hello:
         if self.capabilities & CAPABILITY_PAGES:
             count += 2
         if self.capabilities & CAPABILITY_STORES:
+            count += 1
+        if self.capabilities & CAPABILITY_REGISTERS:
             count += 1
         return count
 
@@ -282,6 +288,7 @@ class VmLink:
     Attributes:
         pagemap: QEMU's ``/proc/PID/pagemap``, if its pages are tracked.
         userfaultfd: what its faults come from, if they are served.
+        registers: the page of `mktme.datapath.registers`, if its guest sees them.
     """
 
     def __init__(self, hello: Hello, descriptors: Sequence[int], qemu_pid: int) -> None:
@@ -295,6 +302,7 @@ class VmLink:
         self._host_starts = [block.host_address for block in self._by_host_address]
         self.pagemap: int | None = None
         self.userfaultfd: int | None = None
+        self.registers: int | None = None
         self._map: npt.NDArray[np.uint8] | None = None
         try:
             if len(descriptors) != hello.descriptor_count:
@@ -312,6 +320,12 @@ class VmLink:
                 self._check_target(self.pagemap, f"/proc/{qemu_pid}/pagemap")
             if hello.capabilities & CAPABILITY_STORES:
                 self._map = self._checked_map(remaining.pop(0))
+            if hello.capabilities & CAPABILITY_REGISTERS:
+                self.registers = remaining.pop(0)
+                if _seals(self.registers) is None:
+                    raise LinkError("the register page's descriptor is not a memfd")
+                if os.fstat(self.registers).st_size != PAGE_BYTES:
+                    raise LinkError("the register page is not one page")
         except BaseException:
             self.close()
             raise
@@ -452,6 +466,7 @@ class VmLink:
         self._ram = []
         self.pagemap = None
         self.userfaultfd = None
+        self.registers = None
         while self._owned:
             os.close(self._owned.pop())
 

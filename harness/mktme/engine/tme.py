@@ -43,6 +43,8 @@ _LOCK: Final = 1 << 0
 _ENABLE: Final = 1 << 1
 _KEY_SELECT: Final = 1 << 2
 _EXCLUDE_ENABLE: Final = 1 << 11
+_CPUID_TME: Final = 1 << 13
+_CPUID_PCONFIG: Final = 1 << 18
 
 
 class Revision(enum.Enum):
@@ -162,6 +164,26 @@ class ExclusionRange:
     base: int
 
 
+@dataclass(frozen=True, slots=True)
+class CpuidBits:
+    """What memory encryption adds to a CPUID leaf (SDM vol. 2A, CPUID).
+
+    Attributes:
+        leaf: EAX.
+        subleaf: ECX.
+        bits: of EAX, EBX, ECX and EDX, 32 each.
+    """
+
+    leaf: int
+    subleaf: int
+    bits: tuple[int, int, int, int]
+
+    @property
+    def has_pconfig(self) -> bool:
+        """Whether it is the leaf that says that there is PCONFIG."""
+        return (self.leaf, self.subleaf) == (7, 0) and bool(self.bits[3] & _CPUID_PCONFIG)
+
+
 class Tme:
     """The registers of one package, and what writing them does to its key table.
 
@@ -222,6 +244,15 @@ class Tme:
             return 0
         count = (1 << (fields.keyid_bits - fields.tdx_keyid_bits)) - 1
         return min(count, self.capability.max_keys)
+
+    def cpuid(self) -> tuple[CpuidBits, ...]:
+        """What CPUID says of it: leaf 7 names TME and PCONFIG, leaf 1BH what PCONFIG is for."""
+        has_keyids = self.capability.max_keyid_bits > 0
+        leaf_7 = CpuidBits(7, 0, (0, 0, _CPUID_TME, _CPUID_PCONFIG if has_keyids else 0))
+        if not has_keyids:
+            return (leaf_7,)
+        # Subleaf type 1: target identifiers, of which 1 is MKTME and 0 is none.
+        return leaf_7, CpuidBits(0x1B, 0, (1, 1, 0, 0))
 
     def rdmsr(self, msr: int) -> int:
         """Read a register.

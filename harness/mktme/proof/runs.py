@@ -223,6 +223,7 @@ class _Session:
             nvdimm=None,
             check_tlb=False,
             hardware=dataclasses.replace(config.hardware, vtpm=False),
+            visible=False,
         )
         with ExitStack() as stack:
             reference = self._boot(stack, plain, "plain", "plain").report()

@@ -55,7 +55,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         time: UTC, RFC 3339.
         number: counts the records of this engine, from 1.
-        event: the request or event, as its class in `mktme.service.wire` is called.
+        event: the request or event, as its class in `mktme.service.wire` is called; GuestWrmsr or
+            GuestPconfig for what a guest executed, and then `pid` and `uid` are its QEMU's.
         outcome: "done", or the class of the error.
         reason: the error's text.
         pid: who asked; so the next two. None of what nobody asked for.
@@ -129,8 +130,15 @@ class AuditLog:
         Raises:
             AuditError: earlier records are not in the file, and cannot be written now either.
         """
-        if not request.is_audited or isinstance(request, _ALWAYS):
-            return
+        if request.is_audited and not isinstance(request, _ALWAYS):
+            self.require_room()
+
+    def require_room(self) -> None:
+        """Check that what is done next can be recorded.
+
+        Raises:
+            AuditError: as `admit`.
+        """
         if self._unwritten:
             self._write()
         if self._unwritten:
@@ -167,6 +175,36 @@ class AuditLog:
             pid=peer.pid,
             uid=peer.uid,
             role=peer.role,
+            **fields,
+        )
+
+    def guest_call(
+        self,
+        peer: Peer,
+        vm: UUID,
+        instruction: str,
+        error: MktmeError | None,
+        **subject: int | None,
+    ) -> None:
+        """Record what a guest executed.
+
+        Args:
+            peer: its QEMU.
+            vm: which VM.
+            instruction: "WRMSR" or "PCONFIG".
+            error: why it raised #GP, None if it did not.
+            subject: `msr`, or `keyid` and `status`.
+        """
+        outcome = "done" if error is None else type(error).__name__
+        reason = None if error is None else str(error)
+        fields = {name: value for name, value in subject.items() if value is not None}
+        self._append(
+            f"Guest{instruction.capitalize()}",
+            outcome,
+            reason=reason,
+            pid=peer.pid,
+            uid=peer.uid,
+            vm=vm,
             **fields,
         )
 

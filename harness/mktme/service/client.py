@@ -131,6 +131,7 @@ class EngineClient:
         policy: Policy = Policy.TWO_QUEUES,
         nvdimm: wire.NvdimmFile | None = None,
         dimm_bytes: int = 0,
+        visible: bool = False,
     ) -> wire.VmAdded:
         """Announce a VM; see `wire.AddVm`."""
         request = wire.AddVm(
@@ -146,6 +147,7 @@ class EngineClient:
             policy=policy,
             nvdimm=nvdimm,
             dimm_bytes=dimm_bytes,
+            visible=visible,
         )
         return self._call(request, wire.VmAdded)
 

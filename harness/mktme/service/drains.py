@@ -165,4 +165,4 @@ def release_link(vm: Vm) -> None:
     vm.path = None
     if vm.link is not None:
         vm.link.close()
-    vm.link = vm.connection = vm.follower = None
+    vm.link = vm.registers = vm.connection = vm.follower = None

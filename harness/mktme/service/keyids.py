@@ -9,6 +9,7 @@ between find the key table locked (DEVICE_BUSY), as another logical processor wo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Final
 from uuid import UUID
@@ -113,7 +114,9 @@ class KeyIds:
         return KeySource.NONE
 
     def owner(self, keyid: int) -> UUID | None:
-        """The VM that a KeyID was programmed for."""
+        """The VM that a KeyID was programmed for; KeyID 0 is nobody's."""
+        if keyid == 0:
+            return None
         for vm in self._vms.values():
             if keyid in (vm.keyid, *vm.further_keyids):
                 return vm.uuid
@@ -238,6 +241,46 @@ class KeyIds:
             for vm in self._users(keyid):
                 self._drains.cut(vm, f"PCONFIG changed its KeyID {keyid}: its memory is lost")
         return status
+
+    def execute_for(
+        self, vm: Vm, leaf: int, address: int, program: bytes | bytearray | memoryview
+    ) -> Status:
+        """Execute a PCONFIG of a VM's guest.
+
+        A KeyID that memory is encrypted with, be it the VM's own, or that others programmed, is
+        busy: no guest can destroy a VM's memory, or know another's key. What it programs is its
+        VM's, and goes with it.
+
+        Args:
+            vm: whose guest.
+            leaf: EAX.
+            address: RBX.
+            program: the 192 bytes there; may hold a key, which the caller wipes.
+
+        Raises:
+            GeneralProtection: #GP(0).
+            KeyMaterialError: the key must not be used.
+        """
+        keyid = int.from_bytes(program[:2], "little")
+        keys = self._package.keys
+        with contextlib.ExitStack() as stack:
+            if not keys.lock.locked() and (self.lock.locked() or self._is_taken(keyid, vm)):
+                # As if another logical processor had it: DEVICE_BUSY, if nothing else is wrong.
+                stack.enter_context(keys.lock)
+            status = self._package.pconfig(leaf, address, program)
+        if status is Status.PROG_SUCCESS:
+            self._disown(keyid)
+            if keys.is_programmed(keyid):
+                vm.further_keyids.append(keyid)
+        return status
+
+    def _is_taken(self, keyid: int, vm: Vm) -> bool:
+        """Whether a KeyID is none that a VM's guest may program."""
+        if not 0 < keyid <= self._package.tme.mktme_keyids:
+            return False
+        if self._package.keys.is_programmed(keyid) and self.owner(keyid) != vm.uuid:
+            return True
+        return bool(self._users(keyid))
 
     def _find_free(self) -> int:
         count = self._package.tme.mktme_keyids

@@ -62,6 +62,10 @@ REQUESTS: Final = {Role.OWNER: Rate(5000, 10_000), Role.OBSERVER: Rate(100, 200)
 """Requests of one connection. An owner's thousands are a tenth of what the engine can do, more
 than one process of it asks for, so that only a loop gone wild notices. An observer polls."""
 
+GUEST_CALLS: Final = Rate(50, 500)
+"""WRMSR and PCONFIG of one guest, of which each is a line in the audit log. An operating system
+writes its registers once and programs each of its KeyIDs; the vCPU of a loop waits."""
+
 REFUSALS: Final = Rate(20, 200)
 """Refused connections that are told of, in the log and as events: both grow with each."""
 

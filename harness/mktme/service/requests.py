@@ -19,6 +19,7 @@ from mktme.engine.dram import REGION_ALIGN_BYTES, Dram, Region
 from mktme.engine.errors import AddressError, MktmeError
 from mktme.engine.firmware import PlatformConfig
 from mktme.engine.integrity import ENTRY_BYTES
+from mktme.engine.keys import KeyMode
 from mktme.engine.line_key import LineKey
 from mktme.engine.nvdimm import Nvdimm
 from mktme.engine.package import Package, PowerEvent
@@ -30,6 +31,7 @@ from mktme.service.captures import Captures
 from mktme.service.custody import Custody
 from mktme.service.drains import Drains, unlink
 from mktme.service.keyids import KeyIds
+from mktme.service.registers import Registers
 from mktme.service.vms import Vm, describe, own_memory, vm_status
 from mktme.service.vtpm import Vtpm, VtpmError
 
@@ -48,6 +50,7 @@ class Requests:
 
     Attributes:
         captures: those of this DRAM.
+        registers: what guests see of the package.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Requests:
         self._attestation = Attestation(
             identity or Identity.create(), self.package, self.vms, self._keyids
         )
+        self.registers = Registers(self.package, self._keyids, self.vms, drains)
         self.captures = Captures(
             dram,
             lambda vms: describe(dram, self.package, vms),
@@ -132,6 +136,7 @@ class Requests:
                 return wire.MsrValue(value=self.package.rdmsr(msr))
             case wire.WriteMsr(msr=msr, value=value):
                 self.package.wrmsr(msr, value)
+                self.registers.show_all()
             case wire.ExecutePconfig():
                 return wire.PconfigDone(status=self._keyids.execute(request))
             case wire.ProgramKey():
@@ -209,8 +214,11 @@ class Requests:
                 undo.callback(nvdimm.close)
             region = await self._allocate(request, nvdimm)
             undo.callback(self.dram.free, region)
-            keyid = self._keyids.program(request.mode, request.algorithm, request.key_file)
-            undo.callback(self._keyids.clear, keyid)
+            keyid = 0
+            # Without KeyIDs there is TME alone, or nothing: the VM is under the TME key.
+            if request.mode is not KeyMode.PLATFORM or self.package.tme.mktme_keyids:
+                keyid = self._keyids.program(request.mode, request.algorithm, request.key_file)
+                undo.callback(self._keyids.clear, keyid)
             self.controller.assign(region.base, region.size_bytes, keyid)
             undo.callback(self.controller.assign, region.base, region.size_bytes, 0)
             if request.nvdimm is not None:
@@ -236,6 +244,7 @@ class Requests:
             policy=request.policy,
             nvdimm=nvdimm,
             dimm_bytes=request.dimm_bytes,
+            visible=request.visible,
         )
         return wire.VmAdded(keyid=keyid, base=region.base)
 

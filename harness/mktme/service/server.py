@@ -33,12 +33,13 @@ from mktme.datapath import link as ram_link
 from mktme.datapath.inline import InlineDataPath
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.link import LinkError, VmLink
+from mktme.datapath.registers import CALL_BYTES, RegisterPage, decode_call
 from mktme.datapath.shadow import ShadowDataPath
 from mktme.datapath.window import Window
 from mktme.engine.dram import Dram, Region
 from mktme.engine.errors import MktmeError
 from mktme.engine.firmware import PlatformConfig
-from mktme.engine.xts import PAGE_BYTES
+from mktme.engine.xts import PAGE_BYTES, wipe
 from mktme.service import limits, wire
 from mktme.service.attestation import look_at
 from mktme.service.audit import AuditLog, Peer
@@ -361,8 +362,11 @@ class EngineServer:
         self._announce(wire.VmLinked(vm=vm.uuid))
         drains = asyncio.ensure_future(self._follow(vm))
         try:
-            # Nothing follows the hello: whatever comes, or the end, is the end.
-            await _readable(connection)
+            if vm.registers is not None:
+                await self._serve_calls(vm, connection)
+            else:
+                # Nothing follows the hello: whatever comes, or the end, is the end.
+                await _readable(connection)
         finally:
             drains.cancel()
             await asyncio.gather(drains, return_exceptions=True)
@@ -374,6 +378,29 @@ class EngineServer:
                 connection.shutdown(socket.SHUT_RDWR)
                 async with self._link_places:  # what came last may bring descriptors
                     await _aside(connection.close)
+
+    async def _serve_calls(self, vm: Vm, connection: socket.socket) -> None:
+        """Answer the calls of a VM's vCPUs, one at a time, until the end or what is no call."""
+        pid, uid, _gid = _credentials(connection)
+        peer = Peer(pid, uid, None)
+        bucket = TokenBucket(limits.GUEST_CALLS)
+        message = bytearray(CALL_BYTES + 1)
+        try:
+            while True:
+                await _readable(connection)
+                # It may have brought descriptors, which are closed by whoever receives it.
+                count = await _aside(lambda: connection.recv_into(message))
+                if count == 0:
+                    return
+                call = decode_call(memoryview(message)[:count])
+                await asyncio.sleep(bucket.take())
+                answer = self._requests.registers.execute(vm, call, peer, self._audit)
+                wipe(message)
+                connection.send(answer)
+        except (LinkError, OSError) as error:  # also of an answer that is not fetched
+            self._drains.cut(vm, f"its plugin's call: {error}")
+        finally:
+            wipe(message)
 
     async def _follow(self, vm: Vm) -> None:
         if isinstance(vm.path, InlineDataPath):
@@ -424,11 +451,13 @@ class EngineServer:
         for region in stale:
             self._requests.dram.erase(region)
         path = self._data_path(vm, link)
+        registers = self._register_page(vm, link)
         if vm.nvdimm is not None:
             await self._power_on_nvdimm(vm, hello, link, path)
         connection.send(ram_link.encode_answer())
         vm.link, vm.path, vm.connection = link, path, connection
         vm.observation, vm.unmeasured, vm.launch = observation, unmeasured, None
+        vm.registers = registers
         vm.follower = asyncio.current_task()
         return vm
 
@@ -449,6 +478,15 @@ class EngineServer:
                     raise LinkError(f"VM {hello.vm_uuid} is another by now")
         if vm.nvdimm is not None:
             vm.nvdimm.set_clean(False)
+
+    def _register_page(self, vm: Vm, link: VmLink) -> RegisterPage | None:
+        if vm.visible != (link.registers is not None):
+            raise LinkError(f"VM {vm.name} was announced to see registers, or not to, and differs")
+        if not vm.visible:
+            return None
+        page = RegisterPage(link)
+        self._requests.registers.show(page)
+        return page
 
     def _data_path(self, vm: Vm, link: VmLink) -> AnyDataPath:
         controller = self._requests.controller

@@ -20,6 +20,7 @@ from mktme.attest.measure import Observation
 from mktme.datapath.inline import InlineDataPath, Poison
 from mktme.datapath.kinds import DataPath
 from mktme.datapath.link import VmLink
+from mktme.datapath.registers import RegisterPage
 from mktme.datapath.shadow import DrainPacer, ShadowDataPath, Track
 from mktme.datapath.window import Policy
 from mktme.engine.controller import MemoryController
@@ -53,6 +54,7 @@ class Vm:
 
     Its region is its RAM, `memory_bytes`, then its NVDIMM if it has one, then `dimm_bytes` for what
     can be plugged in. Whoever encrypts to `recipient` knows that nobody but this engine reads it.
+    A `visible` one's guest sees the platform's registers.
     """
 
     uuid: UUID
@@ -67,8 +69,10 @@ class Vm:
     nvdimm: Nvdimm | None = None
     dimm_bytes: int = 0
     vtpm: Vtpm | None = None
+    visible: bool = False
     further_keyids: list[int] = field(default_factory=list)
     link: VmLink | None = None
+    registers: RegisterPage | None = None
     path: AnyDataPath | None = None
     follower: asyncio.Task[None] | None = None
     connection: socket.socket | None = None

@@ -113,10 +113,12 @@ class AddVm(_Command, frozen=True):
         track: `shadow`: what tells of writes. `inline`: stores, to count them, or None.
         window_bytes: `inline`: the most plaintext there may be, whole pages.
         policy: `inline`: which pages leave a full window.
-        mode: how its KeyID is programmed: direct, random or no-encrypt.
+        mode: how its KeyID is programmed: direct, random or no-encrypt; platform, for KeyID 0, if
+            the platform has no other.
         key_file: absolute path of the key, for mode direct only.
         nvdimm: memory behind its RAM that outlives it.
         dimm_bytes: memory behind all that, for what is plugged in while it runs; whole pages.
+        visible: whether its guest sees the platform's registers, and may program KeyIDs.
     """
 
     is_audited: ClassVar[bool] = True
@@ -133,6 +135,7 @@ class AddVm(_Command, frozen=True):
     policy: Policy = Policy.TWO_QUEUES
     nvdimm: NvdimmFile | None = None
     dimm_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
+    visible: bool = False
 
 
 class AddVtpm(_Command, frozen=True):

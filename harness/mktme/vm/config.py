@@ -89,7 +89,7 @@ class VmConfig:
         window_bytes: `inline`: the most plaintext there may be; None for a quarter of its RAM.
         policy: `inline`: which pages leave a full window.
         algorithm: of its KeyID.
-        mode: how its KeyID is programmed.
+        mode: how its KeyID is programmed; `KeyMode.PLATFORM` on a platform that has no KeyIDs.
         key_file: the known key, for `KeyMode.DIRECT`.
         pages: ranges of its pages that are under another KeyID than its own.
         check_tlb: have the plugin compare each translation it caches with QEMU's.
@@ -100,6 +100,7 @@ class VmConfig:
         boot_timeout_s: how long it may take to its shell; None for what is plenty.
         nvdimm: memory that outlives it, None for a guest without.
         dimms: sizes of memory that can be plugged in while it runs (`Vm.plug_in`).
+        visible: whether it sees the platform's memory encryption (`mktme.vm.visible`).
     """
 
     image: GuestImage | DiskImage
@@ -121,6 +122,7 @@ class VmConfig:
     boot_timeout_s: float | None = None
     nvdimm: Nvdimm | None = None
     dimms: tuple[int, ...] = ()
+    visible: bool = False
 
     @property
     def boot_deadline_s(self) -> float:
@@ -181,6 +183,8 @@ def check_config(config: VmConfig) -> None:
         check_port(config.ssh_port)
     if config.pages and config.plain:
         raise UsageError("pages of a plain guest have no KeyIDs")
+    if config.visible and config.plain:
+        raise UsageError("a plain guest has no platform to see")
     if config.nvdimm is not None:
         if config.plain:
             raise UsageError("an NVDIMM of a plain guest would not be encrypted")

@@ -26,6 +26,7 @@ NETDEV: Final = "mktme-net"
 # All that TCG can do, as an Intel processor with TME (Sapphire Rapids): Linux looks for TME, and
 # handles machine checks, as the vendor has them. TCG's own "max" says it is AMD's.
 _CPU: Final = "max,vendor=GenuineIntel,family=6,model=143,stepping=8"
+_VISIBLE_LEVEL: Final = 0x1B  # CPUID's last basic leaf, at least: what PCONFIG is for
 
 ET.register_namespace("qemu", QEMU_NAMESPACE)
 
@@ -58,6 +59,7 @@ class DomainSpec:
         nvdimm_bytes: size of its NVDIMM, 0 for a guest without.
         dimms: sizes of what can be plugged in while it runs.
         console_socket: where QEMU is to listen for the serial console.
+        visible: whether its processor is to name the leaves of memory encryption.
         boot: for a guest that boots its disk; None for one whose kernel QEMU loads.
         hardware: what else it has.
         vtpm: where the engine has its TPM, None for a guest without.
@@ -78,6 +80,7 @@ class DomainSpec:
     nvdimm_bytes: int = 0
     dimms: tuple[int, ...] = ()
     vtpm: Path | None = None
+    visible: bool = False
 
     @property
     def modules(self) -> list[Module]:
@@ -162,7 +165,8 @@ def domain_xml(spec: DomainSpec) -> str:
     _child(devices, "memballoon", model="virtio", freePageReporting="on")
     arguments = ET.SubElement(domain, f"{{{QEMU_NAMESPACE}}}commandline")
     # libvirt knows the model but no way to another vendor; QEMU takes the last -cpu.
-    values = ["-cpu", _CPU, *spec.hardware.arguments]
+    values = ["-cpu", f"{_CPU},min-level={_VISIBLE_LEVEL}" if spec.visible else _CPU]
+    values += spec.hardware.arguments
     if spec.boot is not None:
         values += ["-netdev", netdev(spec.boot.access.port)]
         values += ["-device", f"virtio-net-pci,netdev={NETDEV},addr={_NET_SLOT}"]

@@ -69,6 +69,7 @@ from mktme.vm.host import EnvironmentUnfitError, Host, UsageError, plugin_path
 from mktme.vm.pages import GuestPages, assign_pages
 from mktme.vm.reaper import ENGINE_PID_FILE, process_dir
 from mktme.vm.ssh import LOOPBACK, Access, LoginKey, free_port
+from mktme.vm.visible import check_processor, check_visible, require_visible
 
 log = logging.getLogger(__name__)
 
@@ -320,6 +321,9 @@ class Platform:
             belongings: what it has from where it was, if it boots its disk.
         """
         check_config(config)
+        if config.visible:
+            check_visible(config, self._config or PlatformConfig())
+            require_visible(self.host)
         config = with_window(self._supported(config))
         if config.datapath is DataPath.INLINE:
             require_fault_handling()
@@ -344,6 +348,7 @@ class Platform:
                     policy=config.policy,
                     nvdimm=_nvdimm_file(config),
                     dimm_bytes=sum(config.dimms),
+                    visible=config.visible,
                 )
                 stack.callback(self._forget, one)
                 for pages in config.pages:
@@ -374,6 +379,7 @@ class Platform:
                 nvdimm_bytes=config.nvdimm_bytes,
                 dimms=config.dimms,
                 vtpm=vtpm,
+                visible=config.visible,
             )
             if not config.plain:
                 self.engine.describe_domain(one, domain_xml(spec))
@@ -394,6 +400,8 @@ class Platform:
                 engine = self.engine
                 self._wait_linked(one, domain)
                 domain.check_guest_map(vm_status(engine, one).segments)
+            if config.visible:
+                check_processor(domain)
             if boot:
                 domain.boot(config.boot_deadline_s)
             yield Vm(one, config, domain, engine, **vm_fields)
@@ -603,6 +611,7 @@ class Platform:
             "track": "off" if config.track is None else config.track.value,
             "ram-below-4g": str(ram_below_4g(config.memory_bytes, config.hardware.machine)),
             "check-tlb": "on" if config.check_tlb else "off",
+            "visible": "on" if config.visible else "off",
         }
         # QEMU splits options at commas; one that belongs to a value is doubled.
         values = [str(path), *(f"{key}={value}" for key, value in options.items())]

@@ -21,6 +21,7 @@ _MODULES: Final = {
     "remote-request": "lines",
     "remote-reply": "lines",
     "hello": "hellos",
+    "call": "hellos",
     "pconfig": "registers",
     "msr": "registers",
     "platform": "files",

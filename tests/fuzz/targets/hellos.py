@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The plugin's hello: `mktme.datapath.link`."""
+"""The plugin's hello and calls: `mktme.datapath.link`, `mktme.datapath.registers`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from random import Random
 from typing import Final
 
 from mktme.datapath import link
+from mktme.datapath.registers import CALL_BYTES, Operation, decode_call
 
 from ...unit.datapath.test_hello import SPLIT, TWO_BLOCKS, decode_or_refuse
 from ...unit.fake_qemu import LINE, MAP_HEADER, PAGE, STORES, HelloFields
@@ -54,7 +55,7 @@ def mutate(data: bytes, rng: Random) -> bytes | None:
                 fields = list(ranges[place])
                 fields[rng.randrange(len(fields))] = number(rng)
                 ranges[place] = tuple(fields)
-    capabilities = rng.randrange(8)
+    capabilities = rng.randrange(16)
     ram_bytes = sum(size for _address, size in blocks)
     map_bytes = MAP_HEADER + ram_bytes // LINE if capabilities & STORES else 0
     return HelloFields(
@@ -65,7 +66,26 @@ def mutate(data: bytes, rng: Random) -> bytes | None:
     ).encode()
 
 
+def check_call(data: bytes) -> str:
+    """Only `LinkError` comes out, and what is accepted is one of the two instructions."""
+    try:
+        call = decode_call(memoryview(data))
+    except link.LinkError:
+        return "refused"
+    assert len(data) == CALL_BYTES
+    assert call.number < 1 << 32
+    assert call.value < 1 << 64
+    assert call.program == data[-192:]
+    return call.operation.name
+
+
 TARGETS: Final = (
+    Target(
+        name="call",
+        check=check_call,
+        seeds=tuple(struct.pack("<IIQ", one, 0x982, 3) + bytes(192) for one in (*Operation, 0, 3)),
+        max_bytes=CALL_BYTES + 8,
+    ),
     Target(
         name="hello",
         check=check,

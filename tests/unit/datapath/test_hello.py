@@ -22,6 +22,7 @@ from ..fake_qemu import (
     GIB,
     PAGE,
     PAGES,
+    REGISTERS,
     STORES,
     Answer,
     HelloFields,
@@ -77,6 +78,8 @@ def test_blocks_follow_each_other_in_ram_offsets() -> None:
         (FAULTS, 2),
         (STORES | FAULTS, 3),
         (0, 1),
+        (REGISTERS, 2),
+        (STORES | PAGES | REGISTERS, 5),
     ],
 )
 def test_each_tracker_brings_its_descriptors(capabilities: int, descriptors: int) -> None:
@@ -122,7 +125,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "total too large": ({"total_bytes": 2**32 - 1}, "104 expected"),
     "large pages": ({"page_bytes": 16384}, "page size"),
     "reserved": ({"reserved": 1}, "reserved"),
-    "unknown capability": ({"capabilities": 8}, "unknown capabilities"),
+    "unknown capability": ({"capabilities": 16}, "unknown capabilities"),
     "pages tracked and faults served": (
         {"capabilities": STORES | PAGES | FAULTS},
         "tracked and faults served, both at once",
@@ -265,7 +268,7 @@ NUMBERS = st.one_of(
 @given(
     blocks=st.lists(st.tuples(NUMBERS, NUMBERS), max_size=4),
     segments=st.lists(st.tuples(NUMBERS, NUMBERS, NUMBERS), max_size=4),
-    capabilities=st.integers(0, 8),
+    capabilities=st.integers(0, 16),
 )
 def test_any_ranges_are_a_hello_or_refused(
     blocks: list[tuple[int, int]], segments: list[tuple[int, int, int]], capabilities: int

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from mktme.engine.keys import KeyDescription, KeyMode, KeyTable
 from mktme.engine.tme import (
     MSR_NAMES,
+    CpuidBits,
     ExclusionRange,
     GeneralProtection,
     Revision,
@@ -676,3 +677,21 @@ def test_fields_of_activate_are_taken_apart_and_put_together(value: int) -> None
         tdx_keyid_bits=value // 2**36 % 2**4,
         algorithms=value // 2**48,
     )
+
+
+# --- CPUID (SDM vol. 2A) ----------------------------------------------------------------------
+
+
+def test_cpuid_names_tme_and_pconfig_and_its_target() -> None:
+    leaf_7, leaf_1b = Tme(KeyTable(FakeRng())).cpuid()
+    assert leaf_7 == CpuidBits(7, 0, (0, 0, 1 << 13, 1 << 18))
+    assert leaf_7.has_pconfig
+    assert leaf_1b == CpuidBits(0x1B, 0, (1, 1, 0, 0))
+    assert not leaf_1b.has_pconfig
+
+
+def test_processor_without_mktme_has_no_pconfig() -> None:
+    capability = TmeCapability(max_keyid_bits=0, max_keys=0)
+    (leaf_7,) = Tme(KeyTable(FakeRng()), capability).cpuid()
+    assert leaf_7 == CpuidBits(7, 0, (0, 0, 1 << 13, 0))
+    assert not leaf_7.has_pconfig

@@ -140,6 +140,14 @@ def test_every_guest_has_the_same_intel_processor(plugin: str | None) -> None:
     assert len(values) == (2 if plugin is None else 4)
 
 
+def test_processor_that_shows_tme_has_its_leaves() -> None:
+    arguments = parsed(dataclasses.replace(SPEC, visible=True)).findall(f"{QEMU}commandline/*")
+    plain = parsed().findall(f"{QEMU}commandline/*")
+    values, usual = ([one.attrib["value"] for one in some] for some in (arguments, plain))
+    assert values[1] == f"{usual[1]},min-level=27"  # 1BH
+    assert values[2:] == usual[2:]
+
+
 @pytest.mark.parametrize("nasty", ["a<b>&c", "]]>", "'\"", "</name><evil/>", "&amp;", "häß"])
 def test_what_xml_would_read_as_its_own_comes_through(nasty: str) -> None:
     spec = dataclasses.replace(

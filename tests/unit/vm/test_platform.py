@@ -183,8 +183,10 @@ def test_plugin_is_told_all_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     # QEMU takes a doubled comma for one that belongs to the value.
     assert one._plugin_argument(VM, config) == (
         "/a,,b/mktme-api4.so,socket=/run/x,,y/link.sock,vm=6f3d4b9e-4c0b-4c3a-9a55-1a4f4f0f8a11,"
-        "datapath=shadow,track=stores+pages,ram-below-4g=2147483648,check-tlb=off"
+        "datapath=shadow,track=stores+pages,ram-below-4g=2147483648,check-tlb=off,visible=off"
     )
+    visible = one._plugin_argument(VM, dataclasses.replace(config, visible=True))
+    assert visible.endswith(",check-tlb=off,visible=on")
 
 
 def test_plugin_is_told_where_modules_are(monkeypatch: pytest.MonkeyPatch) -> None:
