@@ -22,6 +22,7 @@ from mktme.vm.config import VmConfig, region_bytes
 from mktme.vm.hardware import Firmware, Hardware, Machine
 from mktme.vm.images import guest_image
 from mktme.vm.platform import Platform
+from mktme.vm.reaper import process_dir
 
 MIB: Final = 1 << 20
 
@@ -97,7 +98,9 @@ class Scenario:
             MktmeError: it did not come up.
         """
         with contextlib.ExitStack() as stack:
-            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mktme-f-")))
+            # In there it goes with the process, however that ends.
+            temporary = tempfile.TemporaryDirectory(prefix="features-", dir=process_dir())
+            directory = Path(stack.enter_context(temporary))
             _prepare(directory)
             config = self.config(datapath, directory)
             platform = stack.enter_context(Platform(region_bytes(self.memory_bytes)))
