@@ -31,19 +31,21 @@ def encode(value: object) -> bytes:
     return cbor2.dumps(_sorted(value))
 
 
-def decode(data: bytes, *, tag: int | None = None) -> Any:
+def decode(data: bytes, *, tag: int | None = None, most_items: int = MAX_BYTES) -> Any:
     """Decode one value.
 
     Args:
         data: all of it.
         tag: the tag that is around it, if one must be.
+        most_items: how many values it may have in it. Looking at each takes time, so whoever does
+            not know yet who sent them takes few.
 
     Raises:
         TokenError: it is not deterministically encoded CBOR, or too long or too deep.
     """
     if len(data) > MAX_BYTES:
         raise TokenError(f"longer than {MAX_BYTES} bytes")
-    _check(data, tag)
+    _check(data, tag, most_items)
     try:
         value = cbor2.loads(data)
     except (ValueError, cbor2.CBORDecodeError) as error:  # text that is not UTF-8
@@ -77,7 +79,7 @@ class _Container:
         self.key = b""
 
 
-def _check(data: bytes, tag: int | None) -> None:
+def _check(data: bytes, tag: int | None, most_items: int) -> None:
     """Raise TokenError unless `data` is one value of this module's kind."""
     position = 0
     if tag is not None:
@@ -92,6 +94,9 @@ def _check(data: bytes, tag: int | None) -> None:
             continue
         is_key = top.is_map and top.left % 2 == 0
         top.left -= 1
+        most_items -= 1
+        if most_items < 0:
+            raise TokenError("it has more values than there is use for")
         start = position
         kind, number, position = _head(data, position)
         match kind:

@@ -36,6 +36,8 @@ REPORT_DATA_BYTES: Final = 64
 UEID_BYTES: Final = 33
 EXCEPTIONS_MAX: Final = 1024
 COMPONENTS_MAX: Final = 64
+LINE_MAX_CHARACTERS: Final = 255
+"""Of a name or a fault."""
 
 _DIGEST_BYTES: Final = 32
 _EXCLUDE_ENABLE: Final = 1 << 11
@@ -44,7 +46,10 @@ Digest = Annotated[bytes, msgspec.Meta(min_length=_DIGEST_BYTES, max_length=_DIG
 # CBOR's own integers end at 64 bits.
 _Uint64 = Annotated[int, msgspec.Meta(ge=0)]
 _Time = Annotated[int, msgspec.Meta(ge=0, lt=1 << 37)]  # till the year 6325
-_Line = Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=r"\A[^\x00-\x1f\x7f]*\Z")]
+_Line = Annotated[
+    str,
+    msgspec.Meta(min_length=1, max_length=LINE_MAX_CHARACTERS, pattern=r"\A[^\x00-\x1f\x7f]*\Z"),
+]
 _T = TypeVar("_T")
 
 

@@ -45,6 +45,8 @@ from cryptography.x509.verification import (
 
 from mktme.attest.claims import UEID_BYTES
 from mktme.attest.errors import CertificateError
+from mktme.engine.errors import KeyMaterialError
+from mktme.engine.keys import read_private_file
 from mktme.engine.xts import wipe
 
 # An arc that is anybody's by a UUID (ITU-T X.667).
@@ -155,9 +157,12 @@ class CertificateAuthority:
             CertificateError: they cannot be read, or are not a CA's.
         """
         certificate = load_certificates([directory / CA_CERTIFICATE])[0]
-        pem = bytearray(_read(directory / CA_KEY))
+        pem = bytearray(_PEM_MAX_BYTES)
         try:
-            key = serialization.load_pem_private_key(pem, None)
+            length = read_private_file(directory / CA_KEY, pem)
+            key = serialization.load_pem_private_key(memoryview(pem)[:length], None)
+        except KeyMaterialError as error:
+            raise CertificateError(str(error), hint=error.hint) from error
         except (ValueError, TypeError) as error:
             raise CertificateError(f"{CA_KEY} is no PEM file of a private key") from error
         finally:

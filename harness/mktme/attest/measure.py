@@ -31,7 +31,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,7 +117,13 @@ class Observation:
 
 
 def observe(
-    pid: int, vm: UUID, domain: str, *, tpm: int | None = None, proc: Path = _PROC
+    pid: int,
+    vm: UUID,
+    domain: str,
+    *,
+    tpm: int | None = None,
+    tpm_socket: Path | None = None,
+    proc: Path = _PROC,
 ) -> Observation:
     """Take down what a QEMU has loaded that executes nothing yet.
 
@@ -126,6 +132,7 @@ def observe(
         vm: the VM that it is to be.
         domain: the domain's XML, which must not contradict it.
         tpm: the process of its vTPM, None without one.
+        tpm_socket: where that was to be connected to.
         proc: where proc(5) is.
 
     Raises:
@@ -138,6 +145,7 @@ def observe(
             observation = _observe(process, root, arguments, vm, domain)
             if tpm is None:
                 return observation
+            _check_tpm(list(options_of(arguments)), tpm_socket)
             executed = tuple(_executed(proc / str(tpm), root))
             return replace(observation, _files={**observation._files, "tpm": executed})
     except OSError as error:
@@ -167,6 +175,9 @@ def _observe(
         files["firmware"] = nodes.contents(root, firmware, is_disk=False)
     for number, node in enumerate(drives_of(options)):
         files[f"disk{number}"] = nodes.contents(root, node)
+    _check_open(process, [one for name in files if name.startswith("disk") for one in files[name]])
+    if firmware:
+        _check_open(process, files["firmware"])
     if len(files) + 6 > COMPONENTS_MAX:
         raise MeasurementError(f"it has more than {COMPONENTS_MAX} components")
     values = {"domain": canonical_domain(domain), "options": canonical_options(options)}
@@ -176,7 +187,9 @@ def _observe(
     if nvram:
         # Now, for firmware writes to it first thing.
         variables = Digests()
-        each = [variables.of(root, one) for one in nodes.contents(root, nvram, is_disk=False)]
+        contents = nodes.contents(root, nvram, is_disk=False)
+        _check_open(process, contents)
+        each = [variables.of(root, one) for one in contents]
         digests["nvram"] = each[0] if len(each) == 1 else _over(each)
     return Observation(
         process,
@@ -185,6 +198,39 @@ def _observe(
         digests,
         debuggable=any(name in DEBUGGERS for name, _value in options),
     )
+
+
+def _check_open(process: Path, files: Iterable[File]) -> None:
+    """Raise MeasurementError unless a process has these very files open: their names may move."""
+    descriptors = (os.stat(one) for one in _links(process / "fd"))
+    held = {(one.st_dev, one.st_ino) for one in descriptors}
+    for file in files:
+        if file.stamp[:2] not in held:
+            raise MeasurementError(f"{file.path} is not what QEMU has open under that name")
+
+
+def _links(directory: Path) -> Iterator[Path]:
+    """A process's descriptors, but for those that are closed meanwhile."""
+    for one in directory.iterdir():
+        if one.exists():
+            yield one
+
+
+def _check_tpm(options: Sequence[tuple[str, str]], socket: Path | None) -> None:
+    """Raise MeasurementError unless QEMU's only TPM is to be found at the engine's socket."""
+    devices = [value for name, value in options if name == "-tpmdev"]
+    chardev = dict(one.partition("=")[::2] for one in ",".join(devices).split(",")).get("chardev")
+    paths = [
+        fields.get("path")
+        for fields in (
+            dict(one.partition("=")[::2] for one in value.split(","))
+            for name, value in options
+            if name == "-chardev"
+        )
+        if fields.get("id") == chardev
+    ]
+    if len(devices) != 1 or paths != [str(socket)]:
+        raise MeasurementError("QEMU's TPM is another than the engine's")
 
 
 def _over(value: object) -> bytes:

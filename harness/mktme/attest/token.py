@@ -33,6 +33,7 @@ MEDIA_TYPE: Final = "application/eat+cwt"
 
 _SIGN1: Final = 18
 _ALG, _CRIT, _TYP, _X5CHAIN = 1, 2, 16, 33
+_ITEMS_MAX: Final = 64  # of a message, and of its header: CBOR's values
 _ES256: Final = -7
 _COORDINATE_BYTES: Final = 32
 
@@ -56,10 +57,10 @@ class Token:
         Raises:
             TokenError: it is none.
         """
-        message = cbor.decode(data, tag=_SIGN1)
+        message = cbor.decode(data, tag=_SIGN1, most_items=_ITEMS_MAX)
         match message:
             case [bytes(protected), dict(unprotected), bytes(), bytes()]:
-                header = cbor.decode(protected)
+                header = cbor.decode(protected, most_items=_ITEMS_MAX)
             case _:
                 raise TokenError("it is no COSE_Sign1 message with a payload")
         if unprotected:
@@ -68,6 +69,8 @@ class Token:
             raise TokenError("its header is not a map")
         if _CRIT in header:
             raise TokenError("a critical header that this verifier does not know")
+        if any(type(one) is not int or one not in (_ALG, _TYP, _X5CHAIN) for one in header):
+            raise TokenError("a header that is not of this profile")
         if header.get(_ALG) != _ES256:
             raise TokenError("not signed with ES256")
         if header.get(_TYP) != MEDIA_TYPE:

@@ -148,7 +148,10 @@ def make_credential(endorsement: TpmKey, attestation: TpmKey) -> Challenge:
         )
     secret, seed = secrets.token_bytes(_SECRET_BYTES), secrets.token_bytes(_SEED_BYTES)
     sha256 = hashes.SHA256()
-    encrypted_seed = endorsement.key.encrypt(seed, OAEP(MGF1(sha256), sha256, b"IDENTITY\0"))
+    try:
+        encrypted_seed = endorsement.key.encrypt(seed, OAEP(MGF1(sha256), sha256, b"IDENTITY\0"))
+    except ValueError as error:  # a modulus that is no product of two primes
+        raise TpmFormatError("the endorsement key cannot be encrypted to") from error
     storage_key = _kdfa(seed, b"STORAGE", attestation.name, 128)
     # A fresh key for each message, hence an initialisation vector of zeros (Part 1, 24.4).
     encryptor = Cipher(algorithms.AES(storage_key), CFB(bytes(16))).encryptor()

@@ -139,9 +139,6 @@ class Broker:
             self._sessions.use(session, now.timestamp())
         except ReplayError as error:
             self._deny(case, "AttestationError", 401, _failed("freshness", str(error)))
-        except BusyError as error:
-            self._deny(case, "Busy", 503, _failed("sessions", str(error)))
-        metrics.SESSIONS.set(self._sessions.count())
         if not hmac.compare_digest(sent.nonce, session.nonce):
             failed = _failed("freshness", "the nonce is another session's")
             self._deny(case, "AttestationError", 401, failed)
@@ -155,7 +152,11 @@ class Broker:
         metrics.ATTESTATIONS.labels("contraindicated" if failed else "affirming").inc()
         if vm is None or failed:
             self._deny(case, "AttestationError", 401, failed)
-        self._sessions.attest(session, Attested(sent.evidence, sent.vm, now.timestamp()))
+        try:
+            self._sessions.attest(session, Attested(sent.evidence, sent.vm, now.timestamp()))
+        except BusyError as error:
+            self._deny(case, "Busy", 503, _failed("sessions", str(error)))
+        metrics.SESSIONS.set(self._sessions.count())
         token = self._token(appraisal, session, sent.key)
         self._record(case, "done")
         assert cookie is not None

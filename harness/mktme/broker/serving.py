@@ -80,6 +80,7 @@ def serve(settings: Settings, tell: Callable[[str], None]) -> None:
         KeyMaterialError: a key is missing.
         BrokerError: the directory cannot be used, or the addresses not be listened on.
     """
+    _harden()
     # What keeps a worker from starting is better known here.
     check_pair(*settings.directory.tls)
     broker = settings.directory.open_broker()
@@ -125,15 +126,19 @@ def serve(settings: Settings, tell: Callable[[str], None]) -> None:
             stop_metrics()
 
 
+def _harden() -> None:
+    """No core, and no other process of this user reads this one's memory."""
+    _prctl(_PR_SET_DUMPABLE, 0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
 def _worker(settings: Settings) -> Any:
     """In a worker: the application."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     parent = multiprocessing.parent_process()
     if parent is None or parent.pid != os.getppid():  # it was gone before
         sys.exit(STARTUP_FAILURE)
-    # No core, and no other process of this user reads this one's memory.
-    _prctl(_PR_SET_DUMPABLE, 0)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _harden()  # it was lost when the worker was executed
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)

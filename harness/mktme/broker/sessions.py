@@ -53,8 +53,10 @@ CREATE TABLE IF NOT EXISTS used (
 CREATE INDEX IF NOT EXISTS expiry ON used (expires);
 CREATE TABLE IF NOT EXISTS load (one INTEGER PRIMARY KEY CHECK (one = 1), used INTEGER NOT NULL);
 INSERT OR IGNORE INTO load VALUES (1, 0);
-CREATE TRIGGER IF NOT EXISTS came AFTER INSERT ON used BEGIN UPDATE load SET used = used + 1; END;
-CREATE TRIGGER IF NOT EXISTS went AFTER DELETE ON used BEGIN UPDATE load SET used = used - 1; END;
+CREATE TRIGGER IF NOT EXISTS came AFTER UPDATE OF attested ON used WHEN OLD.attested IS NULL
+    BEGIN UPDATE load SET used = used + 1; END;
+CREATE TRIGGER IF NOT EXISTS went AFTER DELETE ON used WHEN OLD.attested IS NOT NULL
+    BEGIN UPDATE load SET used = used - 1; END;
 """
 
 
@@ -185,14 +187,10 @@ class Sessions:
 
         Raises:
             ReplayError: it did already.
-            BusyError: there are too many sessions.
             StoreError: the database cannot be used.
         """
         with self._transaction():
             self._db.execute("DELETE FROM used WHERE expires <= ?", (now_s,))
-            ((count,),) = self._db.execute("SELECT used FROM load").fetchall()
-            if count >= self._most:
-                raise BusyError(f"{count} sessions")
             try:
                 self._db.execute(
                     "INSERT INTO used VALUES (?, ?, NULL)", (session.id, session.expires_s)
@@ -204,10 +202,14 @@ class Sessions:
         """Keep what a session has that was used and whose evidence passed.
 
         Raises:
+            BusyError: there are too many that are attested.
             StoreError: the database cannot be used.
         """
         sealed = self._sealer.seal(msgspec.msgpack.encode(attested), (session.id,))
         with self._transaction():
+            ((count,),) = self._db.execute("SELECT used FROM load").fetchall()
+            if count >= self._most:
+                raise BusyError(f"{count} sessions")
             self._db.execute("UPDATE used SET attested = ? WHERE session = ?", (sealed, session.id))
 
     def attested(self, session: Session) -> Attested:
@@ -231,7 +233,7 @@ class Sessions:
             raise SessionError("the session is not attested") from None
 
     def count(self) -> int:
-        """How many sessions were used and not forgotten yet.
+        """How many sessions are attested and not forgotten yet.
 
         Raises:
             StoreError: the database cannot be used.

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import fcntl
 import hashlib
 import hmac
 import os
@@ -383,7 +384,7 @@ class Store:
         finally:
             self._seen = None  # data_version is about other connections' changes
         # After the commit: a crash in between leaves a database that is newer than the file says.
-        _write_anchor(self._anchor, generation)
+        _raise_anchor(self._anchor, generation)
         return generation
 
     def _read(self) -> Contents:
@@ -485,6 +486,20 @@ def _read_anchor(path: Path) -> int:
             f"{path}: the last generation cannot be read",
             hint="it has the number that `mktme broker list` and the audit log told last",
         ) from error
+
+
+def _raise_anchor(path: Path, generation: int) -> None:
+    """Note a generation, unless whoever committed after us has noted theirs already."""
+    try:
+        lock = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StoreError(f"{path.parent}: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if generation > _read_anchor(path):
+            _write_anchor(path, generation)
+    finally:
+        os.close(lock)
 
 
 def _write_anchor(path: Path, generation: int) -> None:

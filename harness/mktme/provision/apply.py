@@ -300,11 +300,20 @@ class Provisioner:
             self._remove(step.subject)
         if spec is None:
             return
-        if step.action is Action.UPDATE:
-            self._update(spec)
-        else:
-            self._launch(spec, tell)
-        self._advance(spec.name, deployment, fresh=step.action is not Action.UPDATE)
+        if step.action is not Action.UPDATE:
+            self._launch(spec, deployment, tell)
+            self._advance(spec.name, deployment, fresh=True)
+            return
+        before = self._records[spec.name].criteria
+        self._update(spec, deployment)
+        try:
+            self._advance(spec.name, deployment, fresh=False)
+        except RefusedError:
+            raise
+        except Exception:
+            if record := self._records.get(spec.name):
+                record.criteria = before  # it was not appraised by the new ones: still drift
+            raise
 
     def _told(self, tell: Narrator, step: Step, run: Callable[[], None]) -> Result:
         """Do a step, and tell of it; whatever comes of it is its result."""
@@ -319,11 +328,14 @@ class Provisioner:
         except MktmeError as error:
             log.info("%s %s failed: %s", step.action.value, step.subject, error)
             outcome, reason, hint = Outcome.FAILED, str(error), error.hint
+        except OSError as error:  # a full disk, say: the other steps may do all the same
+            log.warning("%s %s failed: %s", step.action.value, step.subject, error)
+            outcome, reason = Outcome.FAILED, str(error)
         return Result(step, outcome, reason, hint, failed, time.monotonic() - started)
 
-    def _launch(self, spec: VmSpec, tell: Narrator) -> None:
+    def _launch(self, spec: VmSpec, deployment: Deployment, tell: Narrator) -> None:
         assert self._bench is not None
-        criteria = Criteria.of(spec)
+        criteria = Criteria.of(spec, deployment.trust)
         guest = self._bench.launch(spec, tell)
         try:
             facts = guest.facts(spec, criteria, ())
@@ -332,10 +344,10 @@ class Provisioner:
             guest.close()
             raise
 
-    def _update(self, spec: VmSpec) -> None:
+    def _update(self, spec: VmSpec, deployment: Deployment) -> None:
         """Change what can be changed in place; `_advance` does the rest."""
         record = self._records[spec.name]
-        criteria = Criteria.of(spec)
+        criteria = Criteria.of(spec, deployment.trust)
         if record.spec.pages != spec.pages:
             record.guest.assign(record.spec.pages, spec.pages)
         record.spec, record.criteria = spec, criteria
@@ -354,7 +366,9 @@ class Provisioner:
                 self._key(record, deployment.broker)
             self._require(record, deployment)
             if not record.booted:
-                record.booted = True  # from its first instruction on
+                # It runs from here on, held before or not; until it has proved itself as it runs,
+                # whatever fails takes it down.
+                record.booted, record.held, fresh = True, None, True
                 record.guest.boot()
                 self._require(record, deployment)
             elif record.held is not None:
@@ -363,7 +377,7 @@ class Provisioner:
         except RefusedError as error:
             self._refuse(record, error, deployment.on_refusal)
             raise
-        except MktmeError:
+        except Exception:
             if fresh:  # it has proved nothing, and is not worth holding
                 self._remove(name)
             raise

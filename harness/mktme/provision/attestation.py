@@ -7,6 +7,7 @@ import dataclasses
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Protocol, Self
 from uuid import UUID
 
@@ -18,7 +19,7 @@ from mktme.attest.policy import Policy
 from mktme.attest.reference import Reference
 from mktme.attest.result import Appraisal, Check, Verdict
 from mktme.attest.verify import verify
-from mktme.provision.state import file_fact, read
+from mktme.provision.state import file_fact, read, trust_fact
 from mktme.provision.tenants import KeySource, VmSpec
 from mktme.service.client import EngineClient
 
@@ -55,17 +56,22 @@ class Criteria:
     """What a VM's evidence must satisfy, read once: what it is called is what it is.
 
     Attributes:
-        policy_fact: as `mktme.provision.state.Facts` has it; so is `reference_fact`.
+        policy_fact: as `mktme.provision.state.Facts` has it; so are the other two.
     """
 
     policy: Policy
     reference: Reference
     policy_fact: str
     reference_fact: str
+    trust_fact: str
 
     @classmethod
-    def of(cls, spec: VmSpec) -> Self:
+    def of(cls, spec: VmSpec, trust: tuple[Path, ...]) -> Self:
         """Read a VM's policy and reference values.
+
+        Args:
+            spec: the VM.
+            trust: certificates of the CAs that are pinned.
 
         Raises:
             ProvisionError: they cannot be read any more.
@@ -77,6 +83,7 @@ class Criteria:
             Reference.decode(reference),
             file_fact(spec.policy, policy),
             file_fact(spec.reference, reference),
+            trust_fact(trust),
         )
 
 

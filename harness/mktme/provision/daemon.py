@@ -89,7 +89,9 @@ class Daemon:
 
         def watch() -> None:
             bench.wait_ended()
-            if self._provisioner.bench is bench:
+            with self._operation:  # whoever opens it has to be done with that
+                is_ours = self._provisioner.bench is bench
+            if is_ours:
                 log.error("the engine ended")
                 self.end()
 
@@ -149,8 +151,6 @@ class Daemon:
             return self._do(connection, request)
         except MktmeError as error:
             return wire.Failure(error=type(error).__name__, message=str(error), hint=error.hint)
-        except OSError:
-            raise
         except Exception as error:  # a fault of ours; a client that waits is to know
             log.exception("a request failed")
             return wire.Failure(error="", message=f"{type(error).__name__}: {error}")

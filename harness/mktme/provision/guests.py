@@ -170,6 +170,7 @@ class PlatformGuest:
             pages=pages_fact(self._pages(vm, status.keys)),
             policy=criteria.policy_fact,
             reference=criteria.reference_fact,
+            trust=criteria.trust_fact,
             secrets=secrets,
         )
 

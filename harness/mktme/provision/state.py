@@ -47,7 +47,7 @@ class Facts:
 
     Attributes:
         image: its name, and a digest that is another once it is another image.
-        policy: as `image`; so is `reference`.
+        policy: as `image`; so are `reference`, and `trust`, the CAs that are pinned.
         secrets: by their paths.
     """
 
@@ -64,6 +64,7 @@ class Facts:
     pages: str = field(metadata={"in_place": True})
     policy: str = field(metadata={"in_place": True})
     reference: str = field(metadata={"in_place": True})
+    trust: str = field(metadata={"in_place": True})
     secrets: tuple[SecretFact, ...] = field(metadata={"in_place": True})
 
 
@@ -149,10 +150,11 @@ def wanted(deployment: Deployment, mark: Marker = lambda _file: "") -> Wanted:
     Raises:
         ProvisionError: a file cannot be read any more.
     """
-    return Wanted(deployment, tuple(_facts(one, mark) for one in deployment.vms))
+    trust = trust_fact(deployment.trust)
+    return Wanted(deployment, tuple(_facts(one, trust, mark) for one in deployment.vms))
 
 
-def _facts(spec: VmSpec, mark: Marker) -> Facts:
+def _facts(spec: VmSpec, trust: str, mark: Marker) -> Facts:
     return Facts(
         image=image_fact(spec),
         memory=size_text(spec.memory_bytes),
@@ -167,6 +169,7 @@ def _facts(spec: VmSpec, mark: Marker) -> Facts:
         pages=pages_fact(spec.pages),
         policy=file_fact(spec.policy, read(spec.policy)),
         reference=file_fact(spec.reference, read(spec.reference)),
+        trust=trust,
         secrets=tuple(secret_fact(one, mark(one.file)) for one in by_path(spec.secrets)),
     )
 
@@ -212,6 +215,15 @@ def image_fact(spec: VmSpec) -> str:
 def file_fact(path: Path, data: bytes) -> str:
     """A file's name, and a digest of its contents."""
     return f"{path.name} {hashlib.sha256(data).hexdigest()[:_DIGEST_CHARACTERS]}"
+
+
+def trust_fact(files: tuple[Path, ...]) -> str:
+    """The CAs that are pinned; "-": the one that the platform made itself.
+
+    Raises:
+        ProvisionError: a file cannot be read any more.
+    """
+    return ", ".join(file_fact(one, read(one)) for one in files) or "-"
 
 
 def read(path: Path) -> bytes:

@@ -25,6 +25,8 @@ from mktme.vm.host import EnvironmentUnfitError, UsageError
 from mktme.vm.reaper import interrupts_later
 
 CALL_TIMEOUT_S: Final = 90.0
+GREETING_TIMEOUT_S: Final = 180.0
+"""From ssh's start to mktme's first word there; the user may be asked for a passphrase."""
 _END_TIMEOUT_S: Final = 30.0
 _LAST_WORDS_S: Final = 2.0
 _SAID_LINES: Final = 20
@@ -113,7 +115,14 @@ class Link:
             raise
 
     def _check_greeting(self) -> None:
-        there, here = self._greeted.get(), wire.greeting()
+        here = wire.greeting()
+        try:
+            there = self._greeted.get(timeout=GREETING_TIMEOUT_S)
+        except queue.Empty:
+            raise MigrationError(
+                f"mktme on {self._remote.host} has said nothing for {GREETING_TIMEOUT_S:g} s",
+                hint=f"look whether this works: ssh {self._remote.host} mktme --help",
+            ) from None
         if there is None:
             raise MigrationError(self.gone or "", hint=self._hint())
         for what, ours, theirs in (

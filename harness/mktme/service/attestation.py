@@ -18,6 +18,7 @@ from uuid import UUID
 
 from mktme.attest.claims import (
     EXCEPTIONS_MAX,
+    LINE_MAX_CHARACTERS,
     DebugStatus,
     Evidence,
     ExceptionKind,
@@ -46,7 +47,7 @@ from mktme.engine.tme import (
     ExclusionRange,
 )
 from mktme.service import wire
-from mktme.service.custody import is_exposed
+from mktme.service.custody import is_exposed, is_traced
 from mktme.service.keyids import KeyIds
 from mktme.service.vms import Vm
 
@@ -181,8 +182,8 @@ class Attestation:
             report_data=report_data,
             recipient_key=RecipientKey.of(vm.recipient.public_key()),
             vtpm=None if vm.vtpm is None else vm.vtpm.endorsement_key,
-            debug=_debug_status(observation.debuggable),
-            fault=None if vm.fault is None else _on_one_line(vm.fault),
+            debug=_debug_status(observation.debuggable or _is_traced(vm)),
+            fault=None if vm.fault is None else _on_one_line(vm.fault)[:LINE_MAX_CHARACTERS],
         )
 
     def _key(self, vm: Vm) -> KeyDescription:
@@ -230,8 +231,10 @@ def look_at(vm: Vm, pid: int) -> tuple[Observation | None, str]:
     if vm.domain is None:
         return None, "the engine was not told what its domain is"
     try:
-        tpm = None if vm.vtpm is None else vm.vtpm.pid
-        return observe(pid, vm.uuid, vm.domain, tpm=tpm), ""
+        if vm.vtpm is None:
+            return observe(pid, vm.uuid, vm.domain), ""
+        tpm = vm.vtpm
+        return observe(pid, vm.uuid, vm.domain, tpm=tpm.pid, tpm_socket=tpm.socket), ""
     except MeasurementError as error:
         return None, str(error)
 
@@ -259,6 +262,14 @@ def _may_have_run(vm: Vm) -> bool:
     if vm.link is None or counters is None:
         return True
     return counters.tlb_misses > 0 or counters.tlb_flushes > vm.link.hello.vcpus
+
+
+def _is_traced(vm: Vm) -> bool:
+    """Whether a debugger is attached to a VM's QEMU now; if it is gone, nobody can tell."""
+    try:
+        return vm.link is None or is_traced(vm.link.qemu_pid)
+    except OSError:
+        return True
 
 
 def _debug_status(is_open: bool) -> DebugStatus:

@@ -90,6 +90,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 # What destroys keys is done whatever becomes of its record.
 _ALWAYS: Final = (wire.RemoveVm, wire.ClearKey, wire.PowerPlatform)
+# What waits for room. Refusals can be had at will, and are dropped beyond that.
+_UNWRITTEN_MAX_BYTES: Final = 1 << 20
 _SUBJECT: Final = ("vm", "name", "keyid", "mode", "algorithm", "status", "msr", "path")
 _RANGE: Final = ("address", "ram_offset", "size_bytes")
 
@@ -222,7 +224,10 @@ class AuditLog:
             outcome=outcome,
             **fields,  # type: ignore[arg-type]
         )
-        self._unwritten += msgspec.json.encode(record) + b"\n"
+        line = msgspec.json.encode(record) + b"\n"
+        if len(self._unwritten) + len(line) > _UNWRITTEN_MAX_BYTES and outcome != "done":
+            return  # its number is missing, which tells of it
+        self._unwritten += line
         self._write()
 
     def _write(self) -> None:

@@ -86,9 +86,18 @@ def harden() -> Custody:
 
 def is_exposed() -> bool:
     """Whether another process may read this one's memory now, or does (a tracer)."""
-    status = Path("/proc/self/status").read_text()
+    return _prctl(_PR_GET_DUMPABLE) != 0 or is_traced(os.getpid())
+
+
+def is_traced(pid: int) -> bool:
+    """Whether a debugger is attached to a process (proc(5), TracerPid).
+
+    Raises:
+        OSError: there is no such process.
+    """
+    status = Path(f"/proc/{pid}/status").read_text()
     tracer = next(line for line in status.splitlines() if line.startswith("TracerPid:"))
-    return _prctl(_PR_GET_DUMPABLE) != 0 or tracer.split()[1] != "0"
+    return tracer.split()[1] != "0"
 
 
 def _lock_memory() -> None:

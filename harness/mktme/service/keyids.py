@@ -269,6 +269,7 @@ class KeyIds:
                 stack.enter_context(keys.lock)
             status = self._package.pconfig(leaf, address, program)
         if status is Status.PROG_SUCCESS:
+            self._released.discard(keyid)
             self._disown(keyid)
             if keys.is_programmed(keyid):
                 vm.further_keyids.append(keyid)

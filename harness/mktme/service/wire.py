@@ -124,7 +124,7 @@ class AddVm(_Command, frozen=True):
     is_audited: ClassVar[bool] = True
 
     vm: UUID
-    name: Annotated[str, msgspec.Meta(max_length=NAME_MAX_CHARACTERS)]
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_MAX_CHARACTERS)]
     memory_bytes: int
     track: Track | None
     algorithm: Algorithm

@@ -108,7 +108,12 @@ class process:  # noqa: N801  used as a function
     """A process of some arguments that has loaded what stands for the plugin."""
 
     def __init__(self, arguments: list[str]) -> None:
-        program = "import _ctypes, sys; print('up', flush=True); sys.stdin.read()"
+        program = """if True:
+            import _ctypes, os, re, sys
+            paths = re.findall(r'"filename": "([^"]+)"', " ".join(sys.argv))
+            held = [open(one, "rb") for one in paths if os.path.isfile(one)]
+            print("up", flush=True)
+            sys.stdin.read()"""
         self._process = subprocess.Popen(
             [sys.executable, "-c", program, *arguments],
             stdin=subprocess.PIPE,
@@ -141,6 +146,36 @@ def launched(tmp_path: Path) -> Launched:
 
 def sha256(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
+
+
+def test_disk_of_another_file_under_the_same_name_is_refused(launched: Launched) -> None:
+    """QEMU has opened one file; its name is moved to another before anybody looks."""
+    other = launched.file("other", b"\0" * MIB + b"another system" + b"\0" * MIB)
+    with process(launched.arguments()) as pid:
+        observe(pid, VM, launched.domain())
+        other.rename(launched.directory / "base")
+        with pytest.raises(MeasurementError, match="not what QEMU has open"):
+            observe(pid, VM, launched.domain())
+
+
+@pytest.mark.parametrize(
+    ("options", "is_it"),
+    [
+        (["-tpmdev", "emulator,id=t,chardev=c", "-chardev", "socket,id=c,path=/run/a.tpm"], True),
+        (["-tpmdev", "emulator,id=t,chardev=c", "-chardev", "socket,id=c,path=/run/b.tpm"], False),
+        (["-tpmdev", "emulator,id=t,chardev=d", "-chardev", "socket,id=c,path=/run/a.tpm"], False),
+        (["-chardev", "socket,id=c,path=/run/a.tpm"], False),
+    ],
+)
+def test_tpm_is_to_be_the_engines(launched: Launched, options: list[str], is_it: bool) -> None:
+    launched.extra = options
+    with process(launched.arguments()) as pid:
+        tpm, socket = os.getpid(), Path("/run/a.tpm")
+        if is_it:
+            observe(pid, VM, launched.domain(), tpm=tpm, tpm_socket=socket)
+        else:
+            with pytest.raises(MeasurementError, match="TPM is another"):
+                observe(pid, VM, launched.domain(), tpm=tpm, tpm_socket=socket)
 
 
 def test_what_is_measured_can_be_computed_by_hand(launched: Launched) -> None:
@@ -362,7 +397,11 @@ def test_variables_are_those_from_before_firmware_writes_them(launched: Launched
 
 
 def test_program_of_a_tpm_is_a_component(launched: Launched) -> None:
+    socket = Path("/run/a.tpm")
+    launched.extra = ["-tpmdev", "emulator,id=t,chardev=c"]
+    launched.extra += ["-chardev", f"socket,id=c,path={socket}"]
     with process(launched.arguments()) as pid, process([]) as tpm:
-        found = observe(pid, VM, launched.domain(), tpm=tpm).measure(Digests()).by_name()
+        observation = observe(pid, VM, launched.domain(), tpm=tpm, tpm_socket=socket)
+        found = observation.measure(Digests()).by_name()
         without = observe(pid, VM, launched.domain()).measure(Digests()).by_name()
     assert found.keys() - without.keys() == {"tpm"}

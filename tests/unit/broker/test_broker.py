@@ -403,6 +403,15 @@ def test_cookies_that_are_none(setting: Setting, broker: Broker, tmp_path: Path)
     broker.attest(cookie, sent, CLIENT)
 
 
+def test_refused_clients_leave_room_for_others(setting: Setting) -> None:
+    broker = setting.open(most=1)
+    for _ in range(3):
+        cookie, _nonce = broker.challenge("alice/strict")
+        sent = setting.sent(bytes(32))  # another nonce than the session's
+        denied(setting, functools.partial(broker.attest, cookie, sent, CLIENT), 401, "freshness")
+    assert setting.opened(broker.release(setting.attested(broker), KEY_PATH, CLIENT)) == SECRET
+
+
 def test_sessions_are_bounded(setting: Setting) -> None:
     broker = setting.open(most=2)
     first, _second = setting.attested(broker), setting.attested(broker)

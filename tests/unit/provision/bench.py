@@ -139,6 +139,7 @@ class FakeGuest:
             facts,
             policy=criteria.policy_fact,
             reference=criteria.reference_fact,
+            trust=criteria.trust_fact,
             secrets=secrets,
         )
 

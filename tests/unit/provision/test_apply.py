@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from mktme.attest.result import Check, RefusedError, Verdict
 from mktme.provision.apply import Outcome, Result
 from mktme.provision.plan import PLATFORM, Action
 from mktme.provision.state import Condition, SecretFact
-from mktme.vm.console import VmLostError
+from mktme.vm.console import VmError, VmLostError
 
 from .bench import POLICY, FakeBench, FakeGuest, Quiet, Site
 from .conftest import Want
@@ -119,6 +120,79 @@ def test_held_vm_goes_on_once_it_is_affirmed(site: Site, want: Want, files: Path
     said = ["evidence", "evidence", "boot", "evidence", "hand over /run/app/token"]
     assert site.guest("alice.web").said == said
     assert site.provisioner.plan(deployment).is_empty
+
+
+def test_held_vm_is_held_again_if_it_does_not_prove_itself_as_it_runs(
+    site: Site, want: Want, files: Path
+) -> None:
+    deployment = want({"alice.web": {}}, **{"on-refusal": "hold"})
+    (files / "policy.toml").write_text(POLICY.replace("integrity = false", "integrity = true"))
+    site.provisioner.apply(deployment, Quiet())
+    (files / "policy.toml").write_text(POLICY)
+    site.bench.when_booted = lambda guest: setattr(guest, "kernel", b"\x99" * 32)
+    results = site.provisioner.apply(deployment, Quiet())
+    assert outcomes(results) == {"alice.web": Outcome.REFUSED}
+    assert site.guest("alice.web").said[-3:] == ["boot", "evidence", "hold"]
+
+
+def test_held_vm_that_does_not_come_up_is_taken_down(site: Site, want: Want, files: Path) -> None:
+    deployment = want({"alice.web": {}}, **{"on-refusal": "hold"})
+    (files / "policy.toml").write_text(POLICY.replace("integrity = false", "integrity = true"))
+    site.provisioner.apply(deployment, Quiet())
+    (files / "policy.toml").write_text(POLICY)
+
+    def fail(_guest: FakeGuest) -> None:
+        raise VmError("no shell in time")
+
+    site.bench.when_booted = fail
+    results = site.provisioner.apply(deployment, Quiet())
+    assert outcomes(results) == {"alice.web": Outcome.FAILED}
+    assert site.bench.all_guests[-1].said[-1] == "close"
+    assert site.provisioner.state().vms == ()
+
+
+def test_policy_that_was_not_appraised_by_is_still_to_be_applied(
+    site: Site, want: Want, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = want({"alice.web": {}})
+    site.provisioner.apply(deployment, Quiet())
+    (files / "policy.toml").write_text(POLICY.replace("integrity = false", "integrity = true"))
+
+    def fail(_nonce: bytes) -> bytes:
+        raise VmError("no evidence now")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(site.guest("alice.web"), "evidence", fail)
+        assert outcomes(site.provisioner.apply(deployment, Quiet())) == {
+            "alice.web": Outcome.FAILED
+        }
+    assert not site.provisioner.plan(deployment).is_empty
+    results = site.provisioner.apply(deployment, Quiet())
+    assert outcomes(results) == {"alice.web": Outcome.REFUSED}
+
+
+def test_another_ca_is_drift(site: Site, want: Want, files: Path) -> None:
+    site.provisioner.apply(want({"alice.web": {}}), Quiet())
+    (files / "ca.pem").write_bytes(Identity.create().root_pem())
+    pinned = want({"alice.web": {}}, trust=["ca.pem"])
+    (step,) = (one for one in site.provisioner.plan(pinned).steps if one.subject != PLATFORM)
+    assert [one.field for one in step.changes] == ["trust"]
+    results = site.provisioner.apply(pinned, Quiet())
+    assert [one.name for one in results[-1].failed] == ["chain"]
+
+
+def test_step_for_which_there_is_no_room_fails_alone(site: Site, want: Want) -> None:
+    def full(guest: FakeGuest) -> None:
+        if guest.spec.name == "alice.web":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    site.prepare = lambda bench: setattr(bench, "make", full)
+    results = site.provisioner.apply(want({"alice.web": {}, "bob.db": {}}), Quiet())
+    assert outcomes(results) == {
+        PLATFORM: Outcome.DONE,
+        "alice.web": Outcome.FAILED,
+        "bob.db": Outcome.DONE,
+    }
 
 
 def test_vm_that_ran_is_stopped_when_its_policy_grows_stricter(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import secrets
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -56,6 +57,8 @@ TEXT = b"what the guest holds in memory  " * 2
 
 class FakeLink:
     """A QEMU that is there, whose store tracker is not."""
+
+    qemu_pid = os.getpid()
 
     def counters(self) -> None:
         return None
