@@ -61,7 +61,10 @@ class KeySource(enum.Enum):
     FILE = "file"
     """Software on the platform gave it."""
     BROKER = "broker"
-    """A key broker gave it, encrypted to the VM's recipient key."""
+    """It came encrypted to the VM's recipient key, as a key broker gives it.
+
+    By whom, the engine does not know: whoever has evidence can encrypt to that key.
+    """
     NONE = "none"
     """There is none of its own."""
 
