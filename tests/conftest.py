@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
@@ -12,6 +13,15 @@ WORKER_BYTES = 6 << 30
 
 SHARED_GUESTS = {"mktme_platform", "mktme_vm", "evidence", "unencrypted"}
 """Fixtures of guests, or of what was made with them, that the tests of a file share."""
+
+
+def pytest_configure() -> None:
+    """Let tests interrupt what they start, also if a shell has us in the background.
+
+    It ignores SIGINT for what it starts there (POSIX, 2.11), and so would all that we start.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
