@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -34,6 +35,9 @@ from mktme.vm.reaper import process_dir
 log = logging.getLogger(__name__)
 
 LOG_FILE: Final = "provision.log"
+# accept(2): no descriptor is free now, or the peer went at once.
+_PASSING: Final = (errno.EMFILE, errno.ENFILE, errno.ECONNABORTED)
+_ACCEPT_RETRY_S: Final = 0.5
 _END_TIMEOUT_S: Final = 60.0
 
 
@@ -99,13 +103,20 @@ class Daemon:
         return bench
 
     def _accept(self, listener: socket.socket) -> None:
-        with contextlib.suppress(OSError):  # it was closed
-            while True:
+        while True:
+            try:
                 connection, _ = listener.accept()
+            except OSError as error:
+                if error.errno not in _PASSING:
+                    return  # it was closed
+                with self._changed:  # a client that leaves gives its descriptor back
+                    self._changed.wait(_ACCEPT_RETRY_S)
+                continue
+            with contextlib.suppress(OSError):  # it is gone already
                 if wire.peer(connection).uid == os.geteuid():
                     self._welcome(connection)
-                else:
-                    connection.close()
+                    continue
+            connection.close()
 
     def _welcome(self, connection: socket.socket) -> None:
         with self._changed:
