@@ -140,7 +140,7 @@ class CertificateAuthority:
             subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{name} CA")])
         except ValueError as error:
             raise CertificateError("a CA's name has 1 to 60 characters") from error
-        usage = _key_usage(key_cert_sign=True)
+        usage = key_usage(key_cert_sign=True)
         certificate = (
             _builder(subject, subject, key.public_key(), days, now)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -224,7 +224,7 @@ class CertificateAuthority:
         return (
             _builder(subject, self.certificate.subject, key, days, now)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_key_usage(digital_signature=True), critical=True)
+            .add_extension(key_usage(digital_signature=True), critical=True)
             .add_extension(x509.ExtendedKeyUsage([ATTESTATION]), critical=True)
             .add_extension(
                 x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()),
@@ -345,7 +345,8 @@ def _builder(
     )
 
 
-def _key_usage(*, digital_signature: bool = False, key_cert_sign: bool = False) -> x509.KeyUsage:
+def key_usage(*, digital_signature: bool = False, key_cert_sign: bool = False) -> x509.KeyUsage:
+    """A certificate's key usage: these, and nothing else (RFC 5280, section 4.2.1.3)."""
     return x509.KeyUsage(
         digital_signature=digital_signature,
         content_commitment=False,
@@ -367,7 +368,7 @@ def _check_leaf_constraints(
 
 
 def _check_leaf_usage(_policy: Policy, _one: x509.Certificate, usage: x509.KeyUsage) -> None:
-    if usage != _key_usage(digital_signature=True):
+    if usage != key_usage(digital_signature=True):
         raise ValueError("the certificate's key usage is not digitalSignature alone")
 
 
