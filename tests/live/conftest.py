@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -26,6 +27,8 @@ from .quick_boots import quick_cache
 
 COMMAND_TIMEOUT_S = 240
 IN_CREATE = 0x100  # linux/inotify.h
+
+_CACHE_HOME: Final = os.environ.get("XDG_CACHE_HOME")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -153,6 +156,15 @@ def quick_boots(_quick_cache: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(_quick_cache))
         yield
+
+
+@pytest.fixture
+def packaged_kernel(quick_boots: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for this test: QEMU loads the kernel as packaged, and what it loads is much less."""
+    if _CACHE_HOME is None:
+        monkeypatch.delenv("XDG_CACHE_HOME")
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", _CACHE_HOME)
 
 
 @pytest.fixture

@@ -329,8 +329,10 @@ def test_command_whose_dram_is_cut_short(command: Command, tmp_path: Path) -> No
 
 
 @pytest.fixture
-def small_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A tmpfs too small for what a guest writes while it boots."""
+def small_file_system(
+    packaged_kernel: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """A tmpfs too small for what a guest writes while it boots, but not for what QEMU loads."""
     # The check for space before the run would refuse it; the case is space that others took.
     monkeypatch.setattr("mktme.vm.platform.require_disk", lambda _directory, needed: needed)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", tmp_path], check=True)
