@@ -296,7 +296,9 @@ def test_answers_that_nobody_fetches_end_the_vm(visible: Guests) -> None:
 def test_vm_that_is_not_visible_does_not_call(visible: Guests) -> None:
     qemu, _ = visible.link()
     qemu.connection.send(struct.pack("<IIQ", 1, 0x9FF, 0) + bytes(STRUCT_BYTES))
-    assert qemu.connection.recv(17) == b""
+    # The engine hangs up, and what it left unread makes that a reset.
+    with contextlib.suppress(ConnectionResetError):
+        assert qemu.connection.recv(17) == b""
 
 
 def test_calls_beyond_the_rate_wait(visible: Guests) -> None:
