@@ -42,6 +42,8 @@ from mktme.cli_options import (
     HtmlOption,
     JsonOption,
     MemoryOption,
+    VcpusOption,
+    WindowOption,
     check_json,
     guest_memory,
     image,
@@ -162,7 +164,6 @@ app.command(hidden=True)(receive)
 app.command("report")(report_page)
 
 
-VcpusOption = Annotated[int, typer.Option(min=1, max=255, help="Guest vCPUs.")]
 AlgorithmOption = Annotated[Algorithm, typer.Option(help="The guests' cipher.")]
 TrackOption = Annotated[
     Track | None,
@@ -228,14 +229,7 @@ def run(
     ] = None,
     datapath: Annotated[DataPath, typer.Option(help="How memory is encrypted.")] = DataPath.SHADOW,
     track: TrackOption = None,
-    window: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE|SHARE",
-            help="inline: the most plaintext there may be, such as 128M or 25%.",
-            show_default="25%",
-        ),
-    ] = None,
+    window: WindowOption = None,
     policy: Annotated[
         Policy, typer.Option(help="inline: which pages leave a full window.")
     ] = Policy.TWO_QUEUES,

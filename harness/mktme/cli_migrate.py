@@ -16,6 +16,8 @@ from mktme.cli_options import (
     GuestOption,
     JsonOption,
     MemoryOption,
+    VcpusOption,
+    WindowOption,
     check_json,
     guest_memory,
     image,
@@ -45,16 +47,9 @@ def migrate(
     ],
     guest: GuestOption = "tiny",
     memory: MemoryOption = "512M",
-    vcpus: Annotated[int, typer.Option(min=1, max=255, help="Guest vCPUs.")] = 1,
+    vcpus: VcpusOption = 1,
     datapath: Annotated[DataPath, typer.Option(help="How memory is encrypted.")] = DataPath.SHADOW,
-    window: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE|SHARE",
-            help="inline: the most plaintext there may be, such as 128M or 25%.",
-            show_default="25%",
-        ),
-    ] = None,
+    window: WindowOption = None,
     algorithm: Annotated[
         Algorithm, typer.Option(help="The guest's cipher.")
     ] = Algorithm.AES_XTS_128,

@@ -37,6 +37,15 @@ GuestOption = Annotated[str, typer.Option(help="Guest to boot: a recipe in guest
 MemoryOption = Annotated[
     str, typer.Option(metavar="SIZE", help="Guest RAM, such as 512M or 4G: whole MiB.")
 ]
+VcpusOption = Annotated[int, typer.Option(min=1, max=255, help="Guest vCPUs.")]
+WindowOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE|SHARE",
+        help="inline: the most plaintext there may be, such as 128M or 25%.",
+        show_default="25%",
+    ),
+]
 ConnectOption = Annotated[
     str | None,
     typer.Option(

@@ -22,6 +22,7 @@ from mktme.provision.errors import ProvisionError
 from mktme.provision.plan import plan
 from mktme.provision.state import State, wanted
 from mktme.provision.tenants import Deployment
+from mktme.service.peer import credentials
 from mktme.vm.host import EnvironmentUnfitError, UsageError
 from mktme.vm.image_cache import ImageError, cache_dir
 
@@ -65,8 +66,8 @@ class Client:
             try:
                 connection.connect(os.fspath(path))
                 # Anybody can make such a directory.
-                if wire.peer(connection).uid == os.geteuid():
-                    client = cls(connection, wire.peer(connection).pid)
+                if credentials(connection).uid == os.geteuid():
+                    client = cls(connection, credentials(connection).pid)
                     if client._is_ready():
                         return client
             except (OSError, ProvisionError):

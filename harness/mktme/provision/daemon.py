@@ -30,6 +30,7 @@ from mktme.provision.errors import ProvisionError
 from mktme.provision.guests import PlatformBench
 from mktme.provision.keys import fetch_key
 from mktme.provision.tenants import Deployment
+from mktme.service.peer import credentials
 from mktme.vm.reaper import process_dir
 
 log = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ class Daemon:
                     self._changed.wait(_ACCEPT_RETRY_S)
                 continue
             with contextlib.suppress(OSError):  # it is gone already
-                if wire.peer(connection).uid == os.geteuid():
+                if credentials(connection).uid == os.geteuid():
                     self._welcome(connection)
                     continue
             connection.close()

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import msgspec
 
@@ -26,7 +25,6 @@ from mktme.provision.tenants import Deployment
 PROTOCOL_VERSION: Final = 1
 FRAME_MAX_BYTES: Final = 16 << 20
 _LENGTH_BYTES: Final = 4
-_UCRED: Final = struct.Struct("iII")  # unix(7): pid, uid, gid
 
 
 def socket_name(name: str) -> str:
@@ -184,17 +182,3 @@ def _frames(connection: socket.socket) -> Generator[bytes, None, None]:
             if len(body) < length:
                 return
             yield body
-
-
-class Peer(NamedTuple):
-    """Who is at the other end of a UNIX socket (SO_PEERCRED)."""
-
-    pid: int
-    uid: int
-    gid: int
-
-
-def peer(connection: socket.socket) -> Peer:
-    """Who is at the other end of a connection."""
-    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    return Peer(*_UCRED.unpack(data))

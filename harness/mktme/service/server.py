@@ -19,7 +19,6 @@ import logging
 import os
 import signal
 import socket
-import struct
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
@@ -47,6 +46,7 @@ from mktme.service.custody import Custody
 from mktme.service.drains import Drains, release_link
 from mktme.service.faults import Faults
 from mktme.service.limits import LimitError, TokenBucket, WaitingRoom
+from mktme.service.peer import credentials
 from mktme.service.requests import Requests
 from mktme.service.vms import AnyDataPath, Vm
 from mktme.service.vtpm import Vtpm
@@ -59,7 +59,6 @@ _VERSION: Final = metadata.version("mktme")
 CONTROL_SOCKET: Final = "control.sock"
 LINK_SOCKET: Final = "link.sock"
 _BACKLOG: Final = 16
-_UCRED: Final = struct.Struct("iII")
 _SO_PASSRIGHTS: Final = 83  # asm-generic/socket.h, from Linux 6.16 on
 _T = TypeVar("_T")
 
@@ -191,7 +190,7 @@ class EngineServer:
 
     async def _serve_peer(self, connection: socket.socket) -> None:
         try:
-            pid, uid, _gid = _credentials(connection)
+            pid, uid, _gid = credentials(connection)
             if uid == os.geteuid():
                 await self._serve_client(connection, is_starter=False)
             else:
@@ -203,7 +202,7 @@ class EngineServer:
 
     async def _serve_client(self, connection: socket.socket, *, is_starter: bool) -> None:
         reader, writer = await asyncio.open_unix_connection(sock=connection)
-        pid, uid, _gid = _credentials(connection)
+        pid, uid, _gid = credentials(connection)
         may_own = is_starter or self._shared_ownership
         client = _Client(writer, is_starter, may_own, pid, uid)
         try:
@@ -381,7 +380,7 @@ class EngineServer:
 
     async def _serve_calls(self, vm: Vm, connection: socket.socket) -> None:
         """Answer the calls of a VM's vCPUs, one at a time, until the end or what is no call."""
-        pid, uid, _gid = _credentials(connection)
+        pid, uid, _gid = credentials(connection)
         peer = Peer(pid, uid, None)
         bucket = TokenBucket(limits.GUEST_CALLS)
         message = bytearray(CALL_BYTES + 1)
@@ -423,7 +422,7 @@ class EngineServer:
         message, descriptors, flags = await _aside(lambda: _receive_hello(connection))
         for descriptor in descriptors:
             left.callback(os.close, descriptor)
-        pid, uid, _gid = _credentials(connection)
+        pid, uid, _gid = credentials(connection)
         # Not before its message was received: a peer whose data was left unread gets a reset in
         # place of our reason.
         if uid not in self._peer_uids:
@@ -536,13 +535,6 @@ class EngineServer:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _credentials(peer: socket.socket) -> tuple[int, int, int]:
-    """The peer's process, user and group (unix(7), SO_PEERCRED)."""
-    data = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    pid, uid, gid = _UCRED.unpack(data)
-    return pid, uid, gid
 
 
 def _reason(error: Exception) -> str:

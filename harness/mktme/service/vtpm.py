@@ -37,10 +37,10 @@ from mktme.attest.marshal import Reader, TpmFormatError
 from mktme.attest.tpm_keys import TpmKey
 from mktme.engine.errors import MktmeError
 from mktme.engine.xts import wipe
+from mktme.service.peer import credentials
 
 log = logging.getLogger(__name__)
 
-_UCRED: Final = struct.Struct("iII")
 _SETUP_TIMEOUT_S: Final = 25.0  # less than a client waits; half a second is usual
 _ANSWER_TIMEOUT_S: Final = 5.0
 _ANSWER_MAX_BYTES: Final = 4096
@@ -185,8 +185,7 @@ class Vtpm:
             connection, _ = await asyncio.get_running_loop().sock_accept(listener)
         self.socket.unlink(missing_ok=True)
         with connection:
-            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-            pid, uid, _gid = _UCRED.unpack(credentials)
+            pid, uid, _gid = credentials(connection)
             if uid not in self._peer_uids:
                 log.warning("the TPM of VM %s: user %d may not connect", self._vm, uid)
                 return

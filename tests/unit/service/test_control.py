@@ -32,7 +32,8 @@ from mktme.service.client import (
     EngineRefusedError,
     ServiceError,
 )
-from mktme.service.server import CONTROL_SOCKET, LINK_SOCKET, _credentials
+from mktme.service.peer import credentials
+from mktme.service.server import CONTROL_SOCKET, LINK_SOCKET
 
 from ..conftest import DRAM_BYTES, Guests
 from ..fake_qemu import DEADLINE_S, LINE, PAGE
@@ -97,7 +98,7 @@ def test_sockets_are_the_owners_only(control: Path) -> None:
 def test_peer_is_who_the_kernel_says() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        assert _credentials(ours) == (os.getpid(), os.getuid(), os.getgid())
+        assert credentials(ours) == (os.getpid(), os.getuid(), os.getgid())
 
 
 @pytest.fixture
