@@ -18,6 +18,7 @@ from uuid import UUID
 import msgspec
 
 from mktme.broker.errors import AuditError
+from mktme.engine.append_file import open_append, timestamp
 from mktme.engine.text import shown
 
 AUDIT_FILE: Final = "audit.jsonl"
@@ -84,9 +85,8 @@ class AuditLog:
     ) -> None:
         self._path = path
         self._clock = clock
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            self._file = os.open(path, flags, 0o600)
+            self._file = open_append(path)
         except OSError as error:
             raise AuditError(f"audit log {path}: {error.strerror}") from error
 
@@ -96,8 +96,7 @@ class AuditLog:
         Raises:
             AuditError: it cannot be written.
         """
-        time = self._clock().isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        fields = {"time": time, **msgspec.to_builtins(record)}
+        fields = {"time": timestamp(self._clock()), **msgspec.to_builtins(record)}
         # Names are others' choice; see `mktme.engine.text`.
         line = msgspec.json.encode(_shown(fields)) + b"\n"
         try:

@@ -19,6 +19,7 @@ from uuid import UUID
 
 import msgspec
 
+from mktme.engine.append_file import open_append, timestamp
 from mktme.engine.errors import EngineError, MktmeError
 from mktme.engine.keys import KeyMode
 from mktme.engine.xts import Algorithm
@@ -114,9 +115,8 @@ class AuditLog:
         self._clock = clock
         self._number = 0
         self._unwritten = b""
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            self._file = os.open(path, flags, 0o600)
+            self._file = open_append(path)
         except OSError as error:
             raise AuditError(f"audit log {path}: {error.strerror}") from error
 
@@ -218,7 +218,7 @@ class AuditLog:
     def _append(self, event: str, outcome: str, **fields: object) -> None:
         self._number += 1
         record = Record(
-            time=self._clock().isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            time=timestamp(self._clock()),
             number=self._number,
             event=event,
             outcome=outcome,
