@@ -31,8 +31,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -175,9 +175,10 @@ def _observe(
         files["firmware"] = nodes.contents(root, firmware, is_disk=False)
     for number, node in enumerate(drives_of(options)):
         files[f"disk{number}"] = nodes.contents(root, node)
-    _check_open(process, [one for name in files if name.startswith("disk") for one in files[name]])
+    held = _open_files(process)
+    _check_open(held, [one for name in files if name.startswith("disk") for one in files[name]])
     if firmware:
-        _check_open(process, files["firmware"])
+        _check_open(held, files["firmware"])
     if len(files) + 6 > COMPONENTS_MAX:
         raise MeasurementError(f"it has more than {COMPONENTS_MAX} components")
     values = {"domain": canonical_domain(domain), "options": canonical_options(options)}
@@ -188,7 +189,7 @@ def _observe(
         # Now, for firmware writes to it first thing.
         variables = Digests()
         contents = nodes.contents(root, nvram, is_disk=False)
-        _check_open(process, contents)
+        _check_open(held, contents)
         each = [variables.of(root, one) for one in contents]
         digests["nvram"] = each[0] if len(each) == 1 else _over(each)
     return Observation(
@@ -200,20 +201,21 @@ def _observe(
     )
 
 
-def _check_open(process: Path, files: Iterable[File]) -> None:
-    """Raise MeasurementError unless a process has these very files open: their names may move."""
-    descriptors = (os.stat(one) for one in _links(process / "fd"))
-    held = {(one.st_dev, one.st_ino) for one in descriptors}
+def _open_files(process: Path) -> frozenset[tuple[int, int]]:
+    """Device and inode of what a process has open."""
+    found = set()
+    for descriptor in (process / "fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile; or what has no file any more
+            status = descriptor.stat()
+            found.add((status.st_dev, status.st_ino))
+    return frozenset(found)
+
+
+def _check_open(held: Collection[tuple[int, int]], files: Iterable[File]) -> None:
+    """Raise MeasurementError unless these very files are among those held: names may move."""
     for file in files:
         if file.stamp[:2] not in held:
             raise MeasurementError(f"{file.path} is not what QEMU has open under that name")
-
-
-def _links(directory: Path) -> Iterator[Path]:
-    """A process's descriptors, but for those that are closed meanwhile."""
-    for one in directory.iterdir():
-        if one.exists():
-            yield one
 
 
 def _check_tpm(options: Sequence[tuple[str, str]], socket: Path | None) -> None:
